@@ -1,0 +1,8 @@
+"""The one exception that means: the input cannot be used, and here is what to do about it."""
+
+
+class InputError(Exception):
+    """Unusable input. Its message says what was expected, what was found, in which file, and what to do.
+
+    The command line prints the message alone and exits with status 2.
+    """

@@ -1,0 +1,203 @@
+"""What folds into what, what stays, and why: data only, JSON in and out, a readable table.
+
+* Names are module parameters, as `model.named_parameters()` gives them; `checkpoint/names.py` knows the files' names.
+* A fold is the identity `W (g * x) = (W diag(g)) x` (FlashNorm, proposition 1), with `g = offset + weight`.
+* Nothing here looks at a model: `trace/` makes plans, everything else reads them.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashnorm.errors import InputError
+
+PLAN_VERSION = 1
+
+Segments = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight that takes a gain.
+
+    Attributes:
+        name: the module parameter.
+        axis: the axis of the parameter that is contracted with the norm's output (1 for `nn.Linear`, 0 for `Conv1D`).
+        segments: `(axis_start, gain_start, length)` runs: channel `axis_start + i` takes gain `gain_start + i`. Channels
+            in no run are left alone. Empty means the plain case: channel `i` takes gain `i`, over the whole axis.
+    """
+
+    name: str
+    axis: int
+    segments: Segments = ()
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A norm weight that leaves the model, and the linears that take it.
+
+    Attributes:
+        norm: the norm's weight `w`; its gain is `offset + w`, and its identity value is `1 - offset`.
+        offset: 0.0 (Llama: gain is `w`) or 1.0 (Gemma: gain is `1 + w`).
+        linears: every weight that reads the norm's output.
+        bias: the norm's bias where it folds as well (LayerNorm, proposition of a bias), else None.
+    """
+
+    norm: str
+    offset: float
+    linears: tuple[Linear, ...]
+    bias: str | None = None
+
+    @property
+    def identity(self) -> float:
+        """The value of the stored weight at which the norm multiplies by exactly one."""
+        return 1.0 - self.offset
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Why a norm weight stays: the operator that stopped it, and where in the model (module path, file and line)."""
+
+    reason: str
+    operator: str | None = None
+    where: str | None = None
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """Which norm folds into which linears, which norm is kept and why. Immutable.
+
+    Attributes:
+        model_type: `config.model_type`, or the class name of a plain module.
+        folds: in the order in which the model uses the norms.
+        kept: norm weight -> reason.
+    """
+
+    model_type: str
+    folds: tuple[Fold, ...] = ()
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> int:
+        """How many norm weights the model has."""
+        return len(self.folds) + len(self.kept)
+
+    def keep(self, reasons: Mapping[str, Kept]) -> "FoldPlan":
+        """The same plan with the named norms kept instead of folded."""
+        folds = tuple(fold for fold in self.folds if fold.norm not in reasons)
+        return dataclasses.replace(self, folds=folds, kept={**self.kept, **reasons})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "version": PLAN_VERSION,
+            "model_type": self.model_type,
+            "folds": [
+                {
+                    "norm": fold.norm,
+                    "offset": fold.offset,
+                    "bias": fold.bias,
+                    "linears": [_linear_to_dict(linear) for linear in fold.linears],
+                }
+                for fold in self.folds
+            ],
+            "kept": {name: dataclasses.asdict(kept) for name, kept in self.kept.items()},
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `FoldPlan.from_json` reads it back."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "FoldPlan":
+        """Read a plan back from `to_dict`'s values.
+
+        Raises:
+            InputError: the data is not a plan, or one of another version.
+        """
+        try:
+            if data["version"] != PLAN_VERSION:
+                raise InputError(
+                    f"expected a fold plan of version {PLAN_VERSION}, found version {data['version']!r}: "
+                    "use the flashnorm release that wrote it, or convert again"
+                )
+            folds = tuple(
+                Fold(
+                    norm=str(fold["norm"]),
+                    offset=float(fold["offset"]),
+                    bias=fold["bias"],
+                    linears=tuple(_linear_from_dict(linear) for linear in fold["linears"]),
+                )
+                for fold in data["folds"]
+            )
+            kept = {str(name): Kept(**reason) for name, reason in data["kept"].items()}
+            return FoldPlan(model_type=str(data["model_type"]), folds=folds, kept=kept)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"expected a fold plan, found something else ({type(error).__name__}: {error})") from error
+
+    @staticmethod
+    def from_json(text: str) -> "FoldPlan":
+        """Read a plan back from `to_json`'s text. Raises `InputError` if it is not one."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"expected a fold plan as JSON, found text that is not JSON ({error})") from error
+        return FoldPlan.from_dict(data)
+
+    def rows(self) -> list["PlanRow"]:
+        """The plan as table rows; what repeats over layers is one row."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for fold in self.folds:
+            into = ", ".join(_merge_numbers(f"{linear.name} (axis {linear.axis})" for linear in fold.linears))
+            gain = "1 + w" if fold.offset else "w"
+            groups.setdefault((_pattern(fold.norm), gain, "folds into " + _pattern(into)), []).append(fold.norm)
+        for name, kept in self.kept.items():
+            at = [part for part in (kept.operator, kept.where and f"at {kept.where}") if part]
+            why = f"kept: {kept.reason}" + (f" [{' '.join(at)}]" if at else "")
+            groups.setdefault((_pattern(name), "", _pattern(why)), []).append(name)
+        return [
+            PlanRow(norm=names[0] if len(names) == 1 else norm, count=len(names), gain=gain, what=what)
+            for (norm, gain, what), names in groups.items()
+        ]
+
+    def summary(self) -> str:
+        """One line: how many norms, folded and kept."""
+        linears = {linear.name for fold in self.folds for linear in fold.linears}
+        return (
+            f"{self.model_type}: {self.norms} norms, {len(self.folds)} folded into {len(linears)} linears, "
+            f"{len(self.kept)} kept"
+        )
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A row of the plan's table: a norm (`*` for a layer number), how often, its gain's form, what happens to it."""
+
+    norm: str
+    count: int
+    gain: str
+    what: str
+
+
+def _linear_to_dict(linear: Linear) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": linear.name, "axis": linear.axis}
+    if linear.segments:
+        data["segments"] = [list(segment) for segment in linear.segments]
+    return data
+
+
+def _linear_from_dict(data: Mapping[str, Any]) -> Linear:
+    segments = tuple((int(a), int(g), int(n)) for a, g, n in data.get("segments", ()))
+    return Linear(name=str(data["name"]), axis=int(data["axis"]), segments=segments)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=[. ]|$)", "*", name)
+
+
+def _merge_numbers(names: Iterable[str]) -> list[str]:
+    """Names with their inner numbers starred, each once: the experts of a layer are one entry."""
+    return list(dict.fromkeys(_pattern(name) for name in names))

@@ -1,0 +1,118 @@
+"""From `config.json` to a model on the meta device, and the inputs to trace it with.
+
+* No weights are read: a model of any size is built in a second or two and needs no memory.
+* Code that a checkpoint carries is never run unless the caller says so.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from flashnorm.errors import InputError
+
+# Where a config that names no architecture of transformers' is looked up, in this order.
+_AUTO_CLASSES = (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForImageTextToText,
+    transformers.AutoModelForSeq2SeqLM,
+    transformers.AutoModelForMaskedLM,
+    transformers.AutoModel,
+)
+
+# Two sequences of seven tokens: sizes that no model dimension is likely to share.
+_BATCH, _TOKENS = 2, 7
+
+_META = torch.device("meta")
+
+
+def load_config(source: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read a model's config: a folder with `config.json`, the file itself, or a hub id.
+
+    Raises:
+        InputError: there is no readable config, or it names an architecture that transformers does not know.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"expected a model folder, found no config.json in {path}")
+    try:
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
+        where = path / "config.json" if path.is_dir() else source
+        first = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"expected the config of an architecture that transformers {transformers.__version__} knows, found "
+            f"something else in {where}: {first} (a newer transformers may know it; code from the checkpoint itself "
+            "is run with --trust-remote-code only)"
+        ) from error
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The model class that a config names, or the one that transformers' auto classes choose for it.
+
+    Raises:
+        InputError: transformers has no model for this config.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+            return found
+    for auto in _AUTO_CLASSES:
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, (tuple, list)) else found
+    raise InputError(f"expected the config of a model, found {type(config).__name__}, for which transformers has none")
+
+
+def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code: bool = False) -> nn.Module:
+    """The config's model with all parameters on the meta device.
+
+    Args:
+        config: any transformers config. It is not changed.
+        untie: as if the output head were a parameter of its own (`tie_word_embeddings` false).
+        trust_remote_code: whether code in the checkpoint's folder may run.
+
+    Raises:
+        InputError: transformers cannot build the model.
+    """
+    config = copy.deepcopy(config)
+    if untie:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    try:
+        with _META:
+            if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+            else:
+                model = model_class(config)._from_config(config)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"expected a config that transformers {transformers.__version__} can build, found that "
+            f"{config.model_type} fails: {type(error).__name__}: {error}"
+        ) from error
+    return model.eval()
+
+
+def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for a transformers model's forward, on the meta device.
+
+    Raises:
+        InputError: the model is no transformers model, so its inputs are not known.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"expected a transformers model, found {type(model).__name__}: pass example_inputs, the arguments of its forward"
+        )
+    ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=_META)
+    kwargs: dict[str, Any] = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        kwargs["decoder_input_ids"] = ids
+    else:
+        kwargs["use_cache"] = False
+    return (), kwargs

@@ -1,0 +1,183 @@
+"""From a trace to a plan: a norm folds if nothing stopped its gain and every weight that takes it takes it always.
+
+* Each norm is judged by itself: whether one folds does not depend on whether another does.
+* The reason that is given for a norm that stays is the first thing that stopped it, at the place where that happened.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from flashnorm.errors import InputError
+from flashnorm.plan import Fold, FoldPlan, Kept, Linear, Segments
+from flashnorm.trace.models import example_inputs
+from flashnorm.trace.tracer import Tracer
+from flashnorm.trace.values import UNKNOWN
+
+_META = torch.device("meta")
+
+
+def plan_of(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldPlan:
+    """Read off a model's own forward which norm weights fold into which linears.
+
+    The forward runs in evaluation mode on the meta device, whatever device the model is on: no weight is read, moved
+    or changed, and no memory is used.
+
+    Args:
+        model: any module; its parameters may be on the meta device.
+        inputs: positional arguments of its forward. None: token ids, as for any transformers model.
+
+    Raises:
+        InputError: the forward does not run on the meta device.
+    """
+    args, kwargs = (inputs, {}) if inputs is not None else example_inputs(model)
+    args, kwargs = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    parameters = {name: nn.Parameter(p.to(_META), p.requires_grad) for name, p in model.named_parameters()}
+    buffers = {name: buffer.to(_META) for name, buffer in model.named_buffers()}
+    tracer = Tracer(model, parameters)
+    with _traceable(model):
+        try:
+            tracer.run(lambda: torch.func.functional_call(model, {**parameters, **buffers}, args, kwargs))
+        except Exception as error:
+            raise InputError(
+                f"expected a model whose forward runs on the meta device, found that {type(model).__name__}'s does not "
+                f"({type(error).__name__}: {error}); pass example_inputs that it accepts, or report the model"
+            ) from error
+    config = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", "") or type(model).__name__)
+    return _solve(tracer, parameters, _names_by_parameter(model), model_type)
+
+
+@contextlib.contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the implementations of attention and experts that are made of plain operators."""
+    training = [module for module in model.modules() if module.training]
+    settings: list[tuple[Any, str, Any]] = []
+    if isinstance(model, PreTrainedModel):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                for attribute, value in (("_attn_implementation", "eager"), ("_experts_implementation", "batched_mm")):
+                    if (old := getattr(module.config, attribute, None)) is not None:
+                        settings.append((module.config, attribute, old))
+                        setattr(module.config, attribute, value)
+    model.eval()
+    try:
+        yield
+    finally:
+        for config, attribute, old in reversed(settings):
+            setattr(config, attribute, old)
+        for module in training:
+            module.training = True
+
+
+def _names_by_parameter(model: nn.Module) -> dict[str, list[str]]:
+    """Each parameter's first name -> all its names; tied parameters have several."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
+
+
+def _solve(
+    tracer: Tracer, parameters: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], model_type: str
+) -> FoldPlan:
+    folds: list[Fold] = []
+    kept: dict[str, Kept] = {}
+    for norm, gain in tracer.gains.items():
+        if not gain.is_norm:
+            continue
+        linears: list[Linear] = []
+        reason = _stopped(tracer, norm)
+        for name, uses in tracer.uses.items():
+            if reason is None and any(norm in use.channels for use in uses):
+                linear = _consistent(tracer, name, norm, parameters, names[name])
+                if isinstance(linear, Kept):
+                    reason = linear
+                else:
+                    linears.append(linear)
+        if reason is None and not linears:
+            reason = Kept("no linear reads it")
+        if reason is None:
+            reason = _unread(tracer, norm, parameters)
+        if reason is None:
+            folds.append(Fold(norm=norm, offset=next(iter(gain.offsets)), linears=tuple(linears)))
+        else:
+            kept[norm] = reason
+    return FoldPlan(model_type=model_type, folds=tuple(folds), kept=kept)
+
+
+def _stopped(tracer: Tracer, norm: str) -> Kept | None:
+    """What stopped the gain itself."""
+    gain = tracer.gains[norm]
+    if gain.escapes:
+        return gain.escapes[0]
+    if tracer.uses.get(norm):
+        use = tracer.uses[norm][0].at
+        return Kept("the norm weight has a use other than as a gain", use.operator, use.where)
+    if len(gain.offsets) != 1:
+        return Kept(f"its gain is the weight plus {sorted(gain.offsets)}, different in different places")
+    return None
+
+
+def _consistent(
+    tracer: Tracer, name: str, norm: str, parameters: Mapping[str, Tensor], aliases: Sequence[str]
+) -> Linear | Kept:
+    """The linear that takes the gain, if all its uses agree on that."""
+    uses = tracer.uses[name]
+    axis = next(use.axis for use in uses if norm in use.channels)
+    assert axis is not None
+    size = parameters[name].shape[axis]
+    nothing = torch.full((size,), UNKNOWN)
+    channels, seen = nothing.clone(), torch.zeros(size, dtype=torch.bool)
+    for use in uses:
+        if use.axis is None:
+            return _other_use(name, use.at, aliases)
+        theirs = use.channels.get(norm, nothing)
+        both = seen & use.touched
+        if use.axis != axis or not torch.equal(channels[both], theirs[both]):
+            reason = f"{name} would have to take it here, but not in another use of the same weight"
+            return Kept(reason, use.at.operator, use.at.where)
+        channels = torch.where(use.touched, theirs, channels)
+        seen |= use.touched
+    if name in tracer.gains:
+        return Kept(f"{name}, which would take it, also multiplies an activation by itself")
+    plain = size == parameters[norm].numel() and torch.equal(channels, torch.arange(size))
+    return Linear(name, axis, () if plain else _segments(channels.tolist()))
+
+
+def _other_use(name: str, use: Kept, aliases: Sequence[str]) -> Kept:
+    if len(aliases) > 1:
+        tie = f"tied: {aliases[-1]} is {aliases[0]}, which {use.operator} reads without the gain"
+        return Kept(tie, use.operator, use.where)
+    return Kept(f"{name} takes it, but {use.reason}", use.operator, use.where)
+
+
+def _segments(channels: Sequence[int]) -> Segments:
+    """Runs of consecutive channels as `(axis_start, gain_start, length)`."""
+    segments: list[tuple[int, int, int]] = []
+    for position, channel in enumerate(channels):
+        if channel == UNKNOWN:
+            continue
+        if segments:
+            start, first, length = segments[-1]
+            if position == start + length and channel == first + length:
+                segments[-1] = (start, first, length + 1)
+                continue
+        segments.append((position, channel, 1))
+    return tuple(segments)
+
+
+def _unread(tracer: Tracer, norm: str, parameters: Mapping[str, Tensor]) -> Kept | None:
+    """A module that was given the gain's activation and left some of its parameters unread may read them another time."""
+    for module in sorted(tracer.gains[norm].received_by):
+        prefix = f"{module}." if module else ""
+        for name in parameters:
+            if name.startswith(prefix) and not tracer.uses.get(name) and name not in tracer.gains:
+                return Kept(f"unknown operator: {name} may read it, but the trace did not reach it", None, module)
+    return None

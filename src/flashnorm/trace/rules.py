@@ -1,0 +1,630 @@
+"""How a gain travels through each operator: one table. An operator that is not in it is an escape.
+
+* `MOVES` only move elements: the operator itself, run on the index tensors, says where each channel went.
+* `SCALES`, `SUMS` and friends are linear in what carries the gain, so the gain comes out again.
+* `CONTRACTIONS` over the gain's channels with a parameter are where it folds; with anything else, it escapes.
+* `NON_LINEAR` operators are known to be impossible, and say so; all others are merely unknown.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flashnorm.plan import Kept
+from flashnorm.trace.values import (
+    PLAIN,
+    UNKNOWN,
+    Value,
+    View,
+    along,
+    collapse,
+    constant_along,
+    constant_except,
+)
+
+if TYPE_CHECKING:
+    from flashnorm.trace.tracer import Tracer
+
+aten = torch.ops.aten
+
+# Index tensors larger than this are not written out (they are for activations of a few tokens; weights stay expanded).
+_LARGEST_INDEX = 2**26
+
+_DIFFERENT = "it adds channels that carry different elements of the gain"
+_WITHOUT = "it adds a tensor that does not carry the gain"
+_MIXES = "it mixes channels of the gain without a weight that could take it"
+_TWICE = "it multiplies the gain by itself"
+_NON_LINEAR = "it is not linear in the gain"
+_NO_GAIN = "it also reads an activation that does not carry the gain"
+_UNKNOWN = "unknown operator"
+
+
+class UnknownError(Exception):
+    """The rule does not cover this form of the operator."""
+
+
+@dataclass
+class Call:
+    """One operator at work: its arguments and results, and what is known of them."""
+
+    tracer: "Tracer"
+    func: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
+
+    @property
+    def operator(self) -> str:
+        """The operator's name, as in `aten.mul`."""
+        return str(self.func.overloadpacket)
+
+    def propagate(self) -> list[Value]:
+        """What is known of each result. Records uses and escapes on the way."""
+        operands = [self.value(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, Tensor)]
+        packet = self.func.overloadpacket
+        name = packet.__name__
+        if self.func._schema.is_mutable and name.endswith("_"):
+            packet = getattr(aten, name.rstrip("_"), packet)  # in place: the rule of the operator out of place
+        rule = RULES.get(packet)
+        try:
+            if rule is not None:
+                values = rule(self)
+                values = [values] if isinstance(values, Value) else list(values)
+                return values + [PLAIN] * (len(results) - len(values))
+        except UnknownError:
+            pass
+        self.tracer.escape_all(operands, _UNKNOWN, self)
+        return [PLAIN] * len(results)
+
+    def value(self, argument: Any) -> Value:
+        """What is known of an argument (nothing, if it is not a tensor)."""
+        return self.tracer.value_of(argument) if isinstance(argument, Tensor) else PLAIN
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, given by position or by name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def escape(self, gain: str, reason: str) -> None:
+        """The gain ends here and cannot be folded."""
+        self.tracer.escape(gain, reason, self.operator)
+
+    def use(self, *values: Value, reason: str = "it has another use") -> None:
+        """Note the use of a parameter that is neither a gain's nor a fold site."""
+        for value in values:
+            if value.view:
+                self.tracer.escape_all([Value(view=value.view)], reason, self)
+
+
+Rule = Callable[[Call], Value | Sequence[Value]]
+
+
+# --- operators that move elements
+
+
+def _same(call: Call) -> Value:
+    """A copy, an alias, a cast."""
+    value = call.value(call.args[0])
+    if value.tracked and not call.out.dtype.is_floating_point:
+        raise UnknownError
+    return value
+
+
+def _reshape(index: Tensor, shape: Sequence[int]) -> Tensor:
+    try:
+        return index.view(shape)
+    except RuntimeError:
+        if index.numel() > _LARGEST_INDEX:
+            raise UnknownError from None
+        return index.reshape(shape)
+
+
+def _view(call: Call) -> Value:
+    shape = call.out.shape
+    return _moved(call.value(call.args[0]), lambda index: _reshape(index, shape))
+
+
+def _moved(value: Value, move: Callable[[Tensor], Tensor]) -> Value:
+    view = value.view and replace(value.view, coordinates=tuple(map(move, value.view.coordinates)))
+    return replace(value, view=view, gains={gain: move(index) for gain, index in value.gains.items()})
+
+
+def _move(call: Call) -> Value | list[Value]:
+    """Run the operator itself on the index tensors of its one tensor."""
+    tensor = call.args[0]
+    value = call.value(tensor)
+    if not value.tracked:
+        return [value] * len(tree_leaves(call.out))
+    if call.func.overloadpacket in _COPIES and tensor.numel() > _LARGEST_INDEX:
+        raise UnknownError
+
+    def run(index: Tensor) -> list[Tensor]:
+        return tree_leaves(call.func(index, *call.args[1:], **call.kwargs))
+
+    count = len(tree_leaves(call.out))
+    return [_moved(value, lambda index, i=i: run(index)[i]) for i in range(count)]
+
+
+def _join(call: Call) -> Value:
+    """`cat` and `stack`: channels of a tensor without the gain are channels without a gain."""
+    tensors = call.args[0]
+    values = [call.value(tensor) for tensor in tensors]
+    if any(value.view for value in values):
+        raise UnknownError
+    gains: dict[str, Tensor] = {}
+    for gain in dict.fromkeys(gain for value in values for gain in value.gains):
+        indices = [
+            value.gains.get(gain, torch.tensor(UNKNOWN).expand(tensor.shape))
+            for tensor, value in zip(tensors, values, strict=True)
+        ]
+        gains[gain] = call.func(indices, *call.args[1:], **call.kwargs)
+    return Value(gains=gains, normalised=all(value.normalised for value in values))
+
+
+def _pad(call: Call) -> Value:
+    value = call.value(call.args[0])
+    if value.tracked and (value.view or call.argument(2, "value", 0) != 0):
+        raise UnknownError
+    return _moved(value, lambda index: aten.constant_pad_nd(index, call.args[1], UNKNOWN))
+
+
+def _select_by_index(call: Call) -> Value:
+    """Gathers by an index whose values are not known: fine along dimensions in which the gain does not vary."""
+    tensor, value = call.args[0], call.value(call.args[0])
+    if not value.tracked:
+        return PLAIN
+    if call.func.overloadpacket is aten.index:
+        indices: list[Tensor | None] = list(call.args[1])
+        if any(index is not None and index.dtype == torch.bool for index in indices):
+            raise UnknownError
+        dims = [dim for dim, index in enumerate(indices) if index is not None]
+        added = [index for index in indices if index is not None][0].dim()
+    else:  # index_select
+        dims, added = [call.args[1] % tensor.dim()], 1
+    if len(dims) != 1:
+        raise UnknownError
+    dim = dims[0]
+
+    def move(index: Tensor) -> Tensor:
+        if constant_along(index, dim):
+            index = index.select(dim, 0)
+            for _ in range(added):
+                index = index.unsqueeze(dim)
+            return index.expand(call.out.shape)
+        if value.view and constant_except(index, dim):  # which expert, say
+            return torch.tensor(UNKNOWN).expand(call.out.shape)
+        raise UnknownError
+
+    return _moved(value, move)
+
+
+def _gather(call: Call) -> Value:
+    value, dim = call.value(call.args[0]), call.args[1]
+
+    def move(index: Tensor) -> Tensor:
+        if not constant_along(index, dim):
+            raise UnknownError
+        for other, size in enumerate(call.out.shape):
+            index = collapse(index, dim) if other == dim % index.dim() else index.narrow(other, 0, size)
+        return index.expand(call.out.shape)
+
+    return _moved(value, move)
+
+
+# --- operators that are linear, element by element
+
+
+def _multiply(call: Call) -> Value:
+    a, b = call.value(call.args[0]), call.value(call.args[1])
+    if not (_is_tensor(call, 0) and _is_tensor(call, 1)):
+        value = a if _is_tensor(call, 0) else b
+        if value.view:
+            raise UnknownError  # a multiple of a parameter
+        return value
+    if a.view and b.view:
+        raise UnknownError
+    if b.view:
+        a, b = b, a
+    gains = _broadcast(call, _union(call, a, b))
+    normalised = a.normalised or b.normalised or a.statistic != b.statistic
+    if a.view:
+        gains = _apply_gain(call, a.view, b, gains)
+    return _result(call, gains, normalised, statistic=a.statistic and b.statistic)
+
+
+def _result(call: Call, gains: dict[str, Tensor], normalised: bool, statistic: bool) -> Value:
+    """The value of a product or quotient; a gain on something normalised is a norm's."""
+    if normalised:
+        for gain in gains:
+            call.tracer.gains[gain].is_norm = True
+    return Value(gains=gains, normalised=normalised, statistic=statistic)
+
+
+def _is_tensor(call: Call, position: int) -> bool:
+    return isinstance(call.args[position], Tensor)
+
+
+def _apply_gain(call: Call, view: View, activation: Value, gains: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An activation times a parameter: the moment at which a gain is taken up."""
+    channels = view.channels()
+    if channels.numel() == 1:  # one learned number: no channels, so not a norm's weight
+        call.use(Value(view=view))
+        return gains
+    if any((coordinate == UNKNOWN).any() for coordinate in view.coordinates):
+        raise UnknownError
+    record = call.tracer.gains[view.name]
+    record.offsets.add(view.offset)
+    if view.name in activation.gains:
+        call.escape(view.name, _TWICE)
+        return {gain: index for gain, index in gains.items() if gain != view.name}
+    return gains | {view.name: channels.broadcast_to(call.out.shape)}
+
+
+def _union(call: Call, a: Value, b: Value) -> dict[str, Tensor]:
+    """The gains of a product: those of either factor; a gain of both would be squared."""
+    for gain in a.gains.keys() & b.gains.keys():
+        call.escape(gain, _TWICE)
+    twice = a.gains.keys() & b.gains.keys()
+    return {gain: index for gain, index in {**a.gains, **b.gains}.items() if gain not in twice}
+
+
+def _broadcast(call: Call, gains: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {gain: index.broadcast_to(call.out.shape) for gain, index in gains.items()}
+
+
+def _divide(call: Call) -> Value:
+    a, b = call.value(call.args[0]), call.value(call.args[1])
+    if a.view or b.view:
+        raise UnknownError
+    for gain in b.gains:
+        call.escape(gain, _NON_LINEAR)
+    gains = {gain: index for gain, index in _broadcast(call, dict(a.gains)).items() if gain not in b.gains}
+    return _result(
+        call,
+        gains,
+        normalised=a.normalised or (b.statistic and _is_tensor(call, 0)),
+        statistic=a.statistic or (b.statistic and not _is_tensor(call, 0)),
+    )
+
+
+def _add(call: Call) -> Value:
+    """A sum carries a gain if both sides do, on the same channels. A parameter plus a number is an offset gain."""
+    a, b = call.value(call.args[0]), call.value(call.args[1])
+    number = next((argument for argument in call.args[:2] if not isinstance(argument, Tensor)), None)
+    if number is not None:
+        value = a if _is_tensor(call, 0) else b
+        if value.view:
+            adds_one = call.func.overloadpacket is aten.add and number * call.kwargs.get("alpha", 1) == 1
+            if not adds_one or value.view.offset:
+                raise UnknownError
+            return Value(view=replace(value.view, offset=1.0))
+        if number != 0:
+            for gain in value.gains:
+                call.escape(gain, _WITHOUT)
+            return Value(statistic=value.statistic)
+        return value
+    call.use(a, b)
+    gains = {}
+    for gain in {**a.gains, **b.gains}:
+        if gain not in a.gains or gain not in b.gains:
+            call.escape(gain, _WITHOUT)
+            continue
+        left, right = (value.gains[gain].broadcast_to(call.out.shape) for value in (a, b))
+        if torch.equal(left, right):
+            gains[gain] = left
+        else:
+            call.escape(gain, _DIFFERENT)
+    return Value(gains=gains, statistic=a.statistic or b.statistic)
+
+
+def _masked_fill(call: Call) -> Value:
+    value = call.value(call.args[0])
+    if value.tracked and (value.view or call.args[2] != 0):
+        raise UnknownError
+    return replace(value, gains=_broadcast(call, dict(value.gains)))
+
+
+def _reduce(call: Call) -> Value:
+    """`sum`, `mean` over some dimensions: linear, if the gain does not vary along them."""
+    tensor, value = call.args[0], call.value(call.args[0])
+    if value.view:
+        raise UnknownError
+    dims = call.argument(1, "dim")
+    dims = range(tensor.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    dims = tuple(sorted(dim % tensor.dim() for dim in dims))
+    gains = {}
+    for gain, index in value.gains.items():
+        if not constant_along(index, dims):
+            call.escape(gain, _MIXES)
+            continue
+        for dim in dims:
+            index = collapse(index, dim)
+        gains[gain] = index.reshape(call.out.shape)
+    return Value(gains=gains, statistic=value.statistic)
+
+
+def _cumulate(call: Call) -> Value:
+    value = call.value(call.args[0])
+    if value.view:
+        raise UnknownError
+    for gain, index in value.gains.items():
+        if not constant_along(index, call.args[1]):
+            call.escape(gain, _MIXES)
+    kept = {gain: index for gain, index in value.gains.items() if constant_along(index, call.args[1])}
+    return Value(gains=kept)
+
+
+# --- operators with a norm inside
+
+
+def _norm_with_weight(call: Call) -> list[Value]:
+    """`layer_norm` and `rms_norm` as one operator: input, normalised shape, weight, and for LayerNorm a bias."""
+    _non_linear(call, call.args[:1])
+    weight = call.value(call.argument(2, "weight"))
+    bias = call.argument(3, "bias") if call.func.overloadpacket is aten.native_layer_norm else None
+    if weight.view is None:
+        return [Value(normalised=True)]
+    out = call.out[0] if isinstance(call.out, tuple) else call.out
+    gain = weight.view.name
+    record = call.tracer.gains[gain]
+    record.offsets.add(weight.view.offset)
+    record.is_norm = True
+    if bias is not None:
+        call.use(call.value(bias))
+        call.escape(gain, "unknown operator: the norm adds a bias, which is not folded")
+        return [Value(normalised=True)]
+    return [Value(gains={gain: weight.view.channels().broadcast_to(out.shape)}, normalised=True)]
+
+
+# --- contractions
+
+
+def _matmul(call: Call, a: Tensor, b: Tensor) -> Value:
+    """`a @ b` for `[M, K] @ [K, N]`, and the same with a batch dimension in front of all."""
+    left, right = call.value(a), call.value(b)
+    if left.view and right.view:
+        raise UnknownError
+    shape = call.out.shape
+    carried = _contract(call, left, a.dim() - 1, right, b.dim() - 2, lambda index: index.expand(shape))
+    carried |= _contract(call, right, b.dim() - 2, left, a.dim() - 1, lambda index: index.expand(shape))
+    return Value(gains=carried)
+
+
+def _contract(
+    call: Call, moving: Value, dim: int, other: Value, other_dim: int, expand: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The gains of one side of a contraction over its `dim`: returned if they come out of it, else folded or stopped."""
+    carried, folding = {}, {}
+    for gain, index in moving.gains.items():
+        if gain in other.gains:
+            call.escape(gain, _TWICE)
+        elif other.view and constant_except(index, dim):
+            folding[gain] = along(index, dim)
+        elif constant_along(index, dim):
+            carried[gain] = expand(collapse(index, dim))
+        else:
+            call.escape(gain, _MIXES)
+    if other.view and folding:
+        _fold_site(call, other.view, other_dim, folding)
+    else:
+        call.use(other, reason=_NO_GAIN)
+    return carried
+
+
+def _fold_site(call: Call, view: View, dim: int, gains: dict[str, Tensor]) -> None:
+    """A weight contracted over `dim` with gains: `gains[name]` is `[K]`, the gain's channel for each position."""
+    from flashnorm.trace.tracer import Use
+
+    varying = [axis for axis, index in enumerate(view.coordinates) if not constant_along(index, dim)]
+    if len(varying) != 1 or view.offset or not constant_except(view.coordinates[varying[0]], dim):
+        raise UnknownError  # the contraction runs over more, or less, than one axis of the parameter
+    axis = varying[0]
+    positions = along(view.coordinates[axis], dim)
+    size = view.shape[axis]
+    touched = torch.zeros(size, dtype=torch.bool)
+    channels = {}
+    if (positions == UNKNOWN).any():
+        raise UnknownError
+    touched[positions] = True
+    for gain, index in gains.items():
+        channels[gain] = torch.full((size,), UNKNOWN)
+        channels[gain][positions] = index
+        if not torch.equal(channels[gain][positions], index):
+            raise UnknownError  # one weight element meets two channels of the gain
+    at = call.tracer.here("", call.operator)
+    call.tracer.uses[view.name].append(Use(at=at, axis=axis, channels=channels, touched=touched))
+
+
+def _mm(call: Call) -> Value:
+    return _matmul(call, call.args[0], call.args[1])
+
+
+def _addmm(call: Call) -> Value:
+    """`bias + a @ b`."""
+    value = _matmul(call, call.args[1], call.args[2])
+    bias = call.value(call.args[0])
+    call.use(bias)
+    for gain in value.gains | bias.gains:
+        call.escape(gain, _WITHOUT)
+    return PLAIN
+
+
+def _convolution(call: Call) -> Value:
+    """Convolution over channels (dimension 1): full, or one filter a channel."""
+    activation, weight = call.value(call.args[0]), call.value(call.args[1])
+    if activation.view or weight.gains:
+        raise UnknownError
+    call.use(call.value(call.args[2]))
+    transposed, groups = call.args[6], call.args[8]
+    channels, filters = call.args[0].shape[1], call.args[1].shape[0]
+    folding = {}
+    for gain, index in activation.gains.items():
+        if not constant_except(index, 1) or not weight.view:
+            raise UnknownError
+        folding[gain] = along(index, 1)
+    if not folding or not weight.view:
+        call.use(weight, reason=_NO_GAIN)
+    elif groups == 1:
+        _fold_site(call, weight.view, 0 if transposed else 1, folding)
+    elif groups == channels and not transposed:
+        repeat = filters // channels
+        _fold_site(call, weight.view, 0, {gain: index.repeat_interleave(repeat) for gain, index in folding.items()})
+    else:
+        raise UnknownError
+    return PLAIN
+
+
+# --- operators that no gain passes
+
+
+def _non_linear(call: Call, operands: Sequence[Any] | None = None) -> Value:
+    """Escape whatever arrives; remember statistics such as `rsqrt(mean(x^2))` and what is made of them."""
+    leaves = tree_leaves((call.args, call.kwargs) if operands is None else operands)
+    values = [call.value(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    for gain in dict.fromkeys(gain for value in values for gain in value.gains):
+        call.escape(gain, _NON_LINEAR)
+    call.use(*values)
+    packet = call.func.overloadpacket
+    exponent = call.args[1] if packet is aten.pow else None
+    statistic = packet in _STATISTICS or (isinstance(exponent, float) and exponent in (-0.5, 0.5))
+    return Value(normalised=packet is aten.tanh, statistic=statistic or any(value.statistic for value in values))
+
+
+def _independent(call: Call) -> Value:
+    """The result does not depend on the elements."""
+    return PLAIN
+
+
+_COPIES = {aten.repeat, aten.flip, aten.roll}
+_STATISTICS = {aten.rsqrt, aten.sqrt, aten.linalg_vector_norm, aten.norm}
+
+_MOVES = [
+    aten.expand,
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.slice,
+    aten.select,
+    aten.split,
+    aten.split_with_sizes,
+    aten.unbind,
+    aten.chunk,
+    aten.narrow,
+    aten.unfold,
+    aten.diagonal,
+    aten.movedim,
+    *_COPIES,
+]
+
+# What is impossible whatever the gain's values; `relu` and `abs` are not here, since positive gains pass them.
+_NON_LINEAR_OPERATORS = [
+    *_STATISTICS,
+    aten.silu,
+    aten.gelu,
+    aten.sigmoid,
+    aten.tanh,
+    aten.exp,
+    aten.exp2,
+    aten.log,
+    aten.log1p,
+    aten.softplus,
+    aten.elu,
+    aten.celu,
+    aten.selu,
+    aten.mish,
+    aten.hardswish,
+    aten.hardsigmoid,
+    aten.log_sigmoid_forward,
+    aten._softmax,
+    aten._log_softmax,
+    aten._safe_softmax,
+    aten.pow,
+    aten.square,
+    aten.reciprocal,
+    aten.cos,
+    aten.sin,
+    aten.erf,
+    aten.clamp,
+    aten.clamp_min,
+    aten.clamp_max,
+    aten.maximum,
+    aten.minimum,
+    aten.amax,
+    aten.amin,
+    aten.max,
+    aten.min,
+    aten.argmax,
+    aten.argmin,
+    aten.topk,
+    aten.sort,
+    aten.argsort,
+    aten.floor,
+    aten.ceil,
+    aten.round,
+    aten.var,
+    aten.var_mean,
+    aten.std,
+    aten.eq,
+    aten.ne,
+    aten.lt,
+    aten.le,
+    aten.gt,
+    aten.ge,
+    aten.isnan,
+    aten.isinf,
+]
+
+_INDEPENDENT = [
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+]
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys([aten.clone, aten.alias, aten.detach, aten._to_copy, aten.lift_fresh, aten.neg], _same),
+    **dict.fromkeys([aten.view, aten._unsafe_view, aten.reshape], _view),
+    **dict.fromkeys(_MOVES, _move),
+    **dict.fromkeys([aten.cat, aten.stack], _join),
+    aten.constant_pad_nd: _pad,
+    **dict.fromkeys([aten.index, aten.index_select], _select_by_index),
+    aten.gather: _gather,
+    aten.mul: _multiply,
+    aten.div: _divide,
+    **dict.fromkeys([aten.add, aten.sub], _add),
+    aten.masked_fill: _masked_fill,
+    **dict.fromkeys([aten.sum, aten.mean], _reduce),
+    aten.cumsum: _cumulate,
+    **dict.fromkeys([aten.native_layer_norm, aten._fused_rms_norm], _norm_with_weight),
+    **dict.fromkeys([aten.mm, aten.bmm], _mm),
+    **dict.fromkeys([aten.addmm, aten.baddbmm], _addmm),
+    aten.convolution: _convolution,
+    **dict.fromkeys(_NON_LINEAR_OPERATORS, _non_linear),
+    **dict.fromkeys(_INDEPENDENT, _independent),
+}
+
+
+def _item(tensor: Tensor) -> bool | int | float:
+    """A number for code that asks for a value: true or one, whatever the type calls it."""
+    return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
+
+
+# Questions that a meta tensor cannot answer. Code behind them may take one path of several; `plan_of` refuses to fold
+# where that leaves parameters unread.
+ANSWERS: dict[Any, Callable[..., Any]] = {
+    aten._local_scalar_dense: _item,
+    aten.equal: lambda a, b: True,
+    aten.nonzero: lambda tensor: torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device=tensor.device),
+}

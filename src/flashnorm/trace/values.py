@@ -1,0 +1,104 @@
+"""What the tracer knows about a tensor: whose parameter it is, and which gains it carries on which channels.
+
+* A tensor *carries* gain `g` if it equals its value in the folded model times `g[index]`, where `index` is a tensor of
+  its own shape: the channel of the gain at every element, or -1 where there is none.
+* A tensor that is nothing but a parameter's elements moved about is a *view*; one index tensor per axis of the parameter
+  says where every element comes from.
+* So an operator that only moves data needs no rule of its own: it is run on the index tensors. They are expanded (stride
+  0) wherever they are constant, so a view of a gigabyte costs a few kilobytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+UNKNOWN = -1  # an index that the trace cannot know, or a channel that carries no gain
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor made of the elements of one parameter, moved but not computed with.
+
+    Attributes:
+        name: the parameter.
+        shape: the parameter's shape.
+        coordinates: for each axis of the parameter, the index along it of every element of this tensor.
+        offset: a constant that was added (1.0 in Gemma's `1 + weight`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    coordinates: tuple[Tensor, ...]
+    offset: float = 0.0
+
+    @staticmethod
+    def of(name: str, parameter: Tensor) -> "View":
+        """The parameter itself."""
+        shape = tuple(parameter.shape)
+        coordinates = tuple(
+            torch.arange(size).view([-1 if axis == other else 1 for other in range(len(shape))]).expand(shape)
+            for axis, size in enumerate(shape)
+        )
+        return View(name, shape, coordinates)
+
+    def channels(self) -> Tensor:
+        """The flat index into the parameter of every element."""
+        flat = torch.zeros((), dtype=torch.long)
+        stride = 1
+        for size, coordinate in zip(reversed(self.shape), reversed(self.coordinates), strict=True):
+            flat = flat + (coordinate * stride if size > 1 else 0)
+            stride *= size
+        return flat
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a tensor. The default, `PLAIN`, is an activation that carries no gain.
+
+    Attributes:
+        view: the parameter that it is a view of, if it is.
+        gains: gain parameter -> channel index of every element (see the module's notes).
+        normalised: it has been divided by a root mean square or a norm, or is the tanh of a DyT.
+        statistic: it is such a divisor (or its reciprocal).
+    """
+
+    view: View | None = None
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
+    normalised: bool = False
+    statistic: bool = False
+
+    @property
+    def tracked(self) -> bool:
+        """Whether any operator on it must be accounted for."""
+        return self.view is not None or bool(self.gains)
+
+
+PLAIN = Value()
+
+
+def constant_along(index: Tensor, dims: int | tuple[int, ...]) -> bool:
+    """Whether the index is the same all along the given dimensions."""
+    for dim, stride in enumerate(index.stride()):
+        if stride == 0:
+            index = collapse(index, dim)  # what was expanded is constant, and need not be read more than once
+    dims = (dims,) if isinstance(dims, int) else dims
+    return all(index.size(dim) == 1 or bool((index == collapse(index, dim)).all()) for dim in dims)
+
+
+def constant_except(index: Tensor, dim: int) -> bool:
+    """Whether the index varies along `dim` alone."""
+    dim %= index.dim()
+    return constant_along(index, tuple(other for other in range(index.dim()) if other != dim))
+
+
+def along(index: Tensor, dim: int) -> Tensor:
+    """The index along one dimension, at position 0 of all others."""
+    dim %= index.dim()
+    return index[tuple(slice(None) if other == dim else 0 for other in range(index.dim()))]
+
+
+def collapse(index: Tensor, dim: int) -> Tensor:
+    """The index with a dimension along which it is constant reduced to size 1."""
+    return index.narrow(dim, 0, 1)
