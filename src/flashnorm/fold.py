@@ -1,12 +1,13 @@
 """The mathematics of folding, as pure functions on tensors.
 
-* `W* = W diag(g)` (FlashNorm, proposition 1) with `g = offset + w`: the result is the exact product rounded once, to the
-  nearest value of `W`'s dtype, ties to even.
+* `W* = W diag(g)` (FlashNorm, proposition 1) with `g = offset + w`: the result is the exact product rounded once, to
+  the nearest value of `W`'s dtype, ties to even.
 * A gain is kept as an unevaluated sum `high + low` of two float64 tensors, because `1 + w` needs up to 53 + 126 bits.
 * Casting float64 to a 16-bit dtype rounds twice in PyTorch (through float32); rounding the first time *to odd* makes
   the second rounding right (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,13 @@ from torch import Tensor
 
 # Bits of significand, the hidden one included.
 PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
+
+# The next wider dtype, the integers of its size, and how many of its last bits a rounding from it to the key drops.
+_WIDER = {
+    torch.bfloat16: (torch.float32, torch.int32, 16),
+    torch.float16: (torch.float32, torch.int32, 13),
+    torch.float32: (torch.float64, torch.int64, 29),
+}
 
 
 class Gain(NamedTuple):
@@ -34,6 +42,8 @@ def gain_of(weight: Tensor, offset: float = 0.0) -> Gain:
         TypeError: the weight is not of a dtype in `PRECISION`.
     """
     _check_dtype(weight)
+    if not offset:  # adding 0 would change the sign of -0
+        return Gain(weight.double(), torch.zeros_like(weight, dtype=torch.float64))
     high, low = _two_sum(weight.double(), torch.tensor(offset, dtype=torch.float64, device=weight.device))
     return Gain(high, torch.where(high.isfinite(), low, 0.0))
 
@@ -75,15 +85,19 @@ def fold_weight(weight: Tensor, gain: Gain, axis: int, out: Tensor | None = None
     high, low = gain.high.view(shape), gain.low.view(shape)
     narrow = high.to(weight.dtype)
     if not low.any() and (narrow == high).all():
-        # The dtype's own multiplication rounds the exact product once: float32 and float64 by IEEE 754, the 16-bit types
-        # because PyTorch multiplies them in float32, where the product of two such numbers (16 or 22 bits) is exact.
+        # The dtype's own multiplication rounds the exact product once: float32 and float64 by IEEE 754, the 16-bit
+        # types because PyTorch multiplies them in float32, where the product of two (16 or 22 bits) is exact.
         return torch.mul(weight, narrow, out=out)
-    wide = weight.double()
-    if not low.any() and PRECISION[weight.dtype] + _significant_bits(high) <= PRECISION[torch.float64]:
-        folded = _round(wide * high, weight.dtype)
+    out = torch.empty_like(weight) if out is None else out
+    if weight.numel() == 0:
+        return out
+    if weight.dtype in _WIDER and _is_normal(high, _WIDER[weight.dtype][0]):
+        _fold_through_wider(weight, high, low, out)
     else:
-        folded = _round_sum_of_products(wide, high, low, weight.dtype)
-    return folded if out is None else out.copy_(folded)
+        high, low = high.expand_as(weight), low.expand_as(weight)
+        for block in _blocks(weight.shape):
+            out[block] = _round_sum_of_products(weight[block].double(), high[block], low[block], weight.dtype)
+    return out
 
 
 def _check_dtype(weight: Tensor) -> None:
@@ -92,12 +106,47 @@ def _check_dtype(weight: Tensor) -> None:
         raise TypeError(f"expected a weight of {known}, found {weight.dtype}")
 
 
-def _significant_bits(value: Tensor) -> int:
-    """The most bits that any of these float64 values needs from its first set bit to its last."""
-    mantissa, _ = torch.frexp(torch.where(value.isfinite(), value, 0.0))
-    integer = (mantissa.abs() * 2.0**53).long()
-    lowest = (integer & -integer).clamp_min(1).double()
-    return int(torch.where(integer == 0, 0.0, 53 - torch.log2(lowest)).max()) if value.numel() else 0
+def _blocks(shape: torch.Size, limit: int = 1 << 15) -> Iterator[tuple[slice, ...]]:
+    """Parts of a tensor, about `limit` elements each: what is computed on the way then stays in the cache."""
+    axis = next((axis for axis, size in enumerate(shape) if size > 1), 0)
+    step = max(1, limit * shape[axis] // max(1, shape.numel()))
+    for start in range(0, shape[axis], step):
+        yield (*[slice(None)] * axis, slice(start, start + step))
+
+
+def _is_normal(gain: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds these gains with a relative error of at most half a unit in the last place."""
+    narrow = gain.to(dtype)
+    return bool((narrow.isfinite() & ((narrow.abs() >= torch.finfo(dtype).tiny) | (gain == 0))).all())
+
+
+def _fold_through_wider(weight: Tensor, high: Tensor, low: Tensor, out: Tensor) -> None:
+    """`weight * (high + low)`, rounded once into `out`, for gains that are normal in the wider dtype.
+
+    The product in the next wider dtype is off by less than two units in its last place. Rounding it gives what rounding
+    the exact product gives, unless a rounding boundary is as near as that: once in thousands. Those are done again, in
+    one go at the end.
+    """
+    wider, integer, dropped = _WIDER[weight.dtype]
+    smallest = torch.finfo(weight.dtype).tiny
+    gain, high, low = high.to(wider).expand_as(weight), high.expand_as(weight), low.expand_as(weight)
+    again: list[tuple[Tensor, Tensor, Tensor]] = []
+    places: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+    for block in _blocks(weight.shape):
+        product = weight[block].to(wider).mul_(gain[block])
+        # The dropped bits of a boundary are 100...0; here, two units below it are 0, and two units above it are 4.
+        doubtful = (product.view(integer) - ((1 << (dropped - 1)) - 2)).bitwise_and_((1 << dropped) - 1) <= 4
+        # Below the normal numbers, more bits are dropped. (Those of bfloat16 and its wider dtype end together.)
+        if smallest > torch.finfo(wider).tiny:
+            doubtful |= (product.abs() < smallest) & (product != 0)
+        at = doubtful.nonzero(as_tuple=True)
+        again.append((weight[block][at], high[block][at], low[block][at]))
+        places.append((out[block], at))
+        out[block].copy_(product)
+    values, highs, lows = (torch.cat(parts) for parts in zip(*again, strict=True))
+    exact = _round_sum_of_products(values.double(), highs, lows, weight.dtype)
+    for (part, at), folded in zip(places, exact.split([len(values) for values, _, _ in again]), strict=True):
+        part[at] = folded
 
 
 def _round_sum_of_products(weight: Tensor, high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,12 +158,9 @@ def _round_sum_of_products(weight: Tensor, high: Tensor, low: Tensor, dtype: tor
     upper, upper_error = _two_sum(middle, tail)
     total, total_error = _two_sum(main, upper)
     correction = _add_to_odd(total_error, upper_error)
-    if dtype == torch.float64:
-        rounded = total + correction
-    else:
-        rounded = _add_to_odd(total, correction)
+    rounded = total + correction if dtype == torch.float64 else _add_to_odd(total, correction)
     # Where there is nothing to round, the product itself: it has the right sign of zero, infinity or NaN.
-    return _round(torch.where(main.isfinite() & (weight != 0), rounded, main), dtype)
+    return _round(torch.where(main.isfinite() & (weight != 0) & (high != 0), rounded, main), dtype)
 
 
 def _round(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,7 +173,7 @@ def _round(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_odd(rounded: Tensor, error: Tensor) -> Tensor:
-    """Turn round-to-nearest into round-to-odd; `error` is the exact value minus `rounded`, of which only the sign counts.
+    """Turn round-to-nearest into round-to-odd; of `error`, the exact value minus `rounded`, only the sign counts.
 
     An inexact result is truncated towards zero and its last bit set, so that a later rounding to two bits less or
     fewer gives what rounding the exact value would have given.

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from flashnorm.errors import InputError
+from flashnorm.hub import check_source
 
 # Where a config that names no architecture of transformers' is looked up, in this order.
 _AUTO_CLASSES = (
@@ -36,18 +37,19 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     Raises:
         InputError: there is no readable config, or it names an architecture that transformers does not know.
     """
+    check_source(source)
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"expected a model folder, found no config.json in {path}")
+        raise InputError(f"{path}: expected a model's folder, found no config.json in it")
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever a config can hold, and whatever its class makes of it
         where = path / "config.json" if path.is_dir() else source
         first = str(error).strip().split("\n")[0]
         raise InputError(
-            f"expected the config of an architecture that transformers {transformers.__version__} knows, found "
-            f"something else in {where}: {first} (a newer transformers may know it; code from the checkpoint itself "
-            "is run with --trust-remote-code only)"
+            f"{where}: expected the config of an architecture that transformers {transformers.__version__} knows, found "
+            f"something else: {first} (a newer transformers may know it; code from the checkpoint itself is run with "
+            "--trust-remote-code only)"
         ) from error
 
 

@@ -17,8 +17,12 @@ from transformers import PreTrainedModel
 from flashnorm.errors import InputError
 from flashnorm.plan import Fold, FoldPlan, Kept, Linear, Segments
 from flashnorm.trace.models import example_inputs
+from flashnorm.trace.rules import UNKNOWN_OPERATOR
 from flashnorm.trace.tracer import Tracer
 from flashnorm.trace.values import UNKNOWN
+
+# The norm has no effect on the output: no weight takes its gain, and nothing stopped it.
+NOTHING_READS_IT = "nothing reads it"
 
 _META = torch.device("meta")
 
@@ -36,6 +40,13 @@ def plan_of(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldPlan
     Raises:
         InputError: the forward does not run on the meta device.
     """
+    tracer = trace(model, inputs)
+    config = getattr(model, "config", None)
+    return _solve(tracer, model, str(getattr(config, "model_type", "") or type(model).__name__))
+
+
+def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
+    """Run the model's forward under a tracer; arguments and errors as for `plan_of`."""
     args, kwargs = (inputs, {}) if inputs is not None else example_inputs(model)
     args, kwargs = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     parameters = {name: nn.Parameter(p.to(_META), p.requires_grad) for name, p in model.named_parameters()}
@@ -49,9 +60,7 @@ def plan_of(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldPlan
                 f"expected a model whose forward runs on the meta device, found that {type(model).__name__}'s does not "
                 f"({type(error).__name__}: {error}); pass example_inputs that it accepts, or report the model"
             ) from error
-    config = getattr(model, "config", None)
-    model_type = str(getattr(config, "model_type", "") or type(model).__name__)
-    return _solve(tracer, parameters, _names_by_parameter(model), model_type)
+    return tracer
 
 
 @contextlib.contextmanager
@@ -76,7 +85,7 @@ def _traceable(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _names_by_parameter(model: nn.Module) -> dict[str, list[str]]:
+def names_by_parameter(model: nn.Module) -> dict[str, list[str]]:
     """Each parameter's first name -> all its names; tied parameters have several."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -84,9 +93,9 @@ def _names_by_parameter(model: nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-def _solve(
-    tracer: Tracer, parameters: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], model_type: str
-) -> FoldPlan:
+def _solve(tracer: Tracer, model: nn.Module, model_type: str) -> FoldPlan:
+    parameters = dict(model.named_parameters())
+    names = names_by_parameter(model)
     folds: list[Fold] = []
     kept: dict[str, Kept] = {}
     for norm, gain in tracer.gains.items():
@@ -102,7 +111,7 @@ def _solve(
                 else:
                     linears.append(linear)
         if reason is None and not linears:
-            reason = Kept("no linear reads it")
+            reason = Kept(NOTHING_READS_IT)
         if reason is None:
             reason = _unread(tracer, norm, parameters)
         if reason is None:
@@ -119,9 +128,10 @@ def _stopped(tracer: Tracer, norm: str) -> Kept | None:
         return gain.escapes[0]
     if tracer.uses.get(norm):
         use = tracer.uses[norm][0].at
-        return Kept("the norm weight has a use other than as a gain", use.operator, use.where)
+        unknown = f"{UNKNOWN_OPERATOR}: " if use.reason.startswith(UNKNOWN_OPERATOR) else ""
+        return Kept(f"{unknown}the norm weight has another use than as a gain", use.operator, use.where)
     if len(gain.offsets) != 1:
-        return Kept(f"its gain is the weight plus {sorted(gain.offsets)}, different in different places")
+        return Kept(f"{UNKNOWN_OPERATOR}: its gain is the weight plus {sorted(gain.offsets)}, depending on the place")
     return None
 
 
@@ -146,22 +156,30 @@ def _consistent(
         channels = torch.where(use.touched, theirs, channels)
         seen |= use.touched
     if name in tracer.gains:
-        return Kept(f"{name}, which would take it, also multiplies an activation by itself")
-    plain = size == parameters[norm].numel() and torch.equal(channels, torch.arange(size))
-    return Linear(name, axis, () if plain else _segments(channels.tolist()))
+        return Kept(f"{name} would take it, but it also multiplies an activation channel by channel")
+    return Linear(name, axis, segments_of(channels, parameters[norm].numel()))
 
 
 def _other_use(name: str, use: Kept, aliases: Sequence[str]) -> Kept:
     if len(aliases) > 1:
         tie = f"tied: {aliases[-1]} is {aliases[0]}, which {use.operator} reads without the gain"
         return Kept(tie, use.operator, use.where)
-    return Kept(f"{name} takes it, but {use.reason}", use.operator, use.where)
+    if use.reason.startswith(UNKNOWN_OPERATOR):
+        return Kept(f"{UNKNOWN_OPERATOR}: it also reads {name}, which would take it", use.operator, use.where)
+    return Kept(f"{name} would take it, but {use.reason}", use.operator, use.where)
 
 
-def _segments(channels: Sequence[int]) -> Segments:
-    """Runs of consecutive channels as `(axis_start, gain_start, length)`."""
+def segments_of(channels: Tensor, gain_size: int) -> Segments:
+    """Runs of consecutive channels as `(axis_start, gain_start, length)`; empty if channel `i` takes gain `i` throughout.
+
+    Args:
+        channels: `[axis size]`, the gain's channel for every index of the axis, -1 where there is none.
+        gain_size: how many channels the gain has.
+    """
+    if torch.equal(channels, torch.arange(gain_size)):
+        return ()
     segments: list[tuple[int, int, int]] = []
-    for position, channel in enumerate(channels):
+    for position, channel in enumerate(channels.tolist()):
         if channel == UNKNOWN:
             continue
         if segments:
@@ -179,5 +197,5 @@ def _unread(tracer: Tracer, norm: str, parameters: Mapping[str, Tensor]) -> Kept
         prefix = f"{module}." if module else ""
         for name in parameters:
             if name.startswith(prefix) and not tracer.uses.get(name) and name not in tracer.gains:
-                return Kept(f"unknown operator: {name} may read it, but the trace did not reach it", None, module)
+                return Kept(f"{UNKNOWN_OPERATOR}: {name} may read it, but the trace did not reach it", None, module)
     return None

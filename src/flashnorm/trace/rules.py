@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from flashnorm.plan import Kept
 from flashnorm.trace.values import (
+    LOST,
     PLAIN,
     UNKNOWN,
     Value,
     View,
     along,
+    carries,
     collapse,
     constant_along,
     constant_except,
@@ -34,13 +35,15 @@ aten = torch.ops.aten
 # Index tensors larger than this are not written out (they are for activations of a few tokens; weights stay expanded).
 _LARGEST_INDEX = 2**26
 
+# Every reason that is no proof of impossibility begins with this.
+UNKNOWN_OPERATOR = "unknown operator"
+
 _DIFFERENT = "it adds channels that carry different elements of the gain"
 _WITHOUT = "it adds a tensor that does not carry the gain"
 _MIXES = "it mixes channels of the gain without a weight that could take it"
-_TWICE = "it multiplies the gain by itself"
+_TWICE = f"{UNKNOWN_OPERATOR}: it multiplies the gain by itself"
 _NON_LINEAR = "it is not linear in the gain"
 _NO_GAIN = "it also reads an activation that does not carry the gain"
-_UNKNOWN = "unknown operator"
 
 
 class UnknownError(Exception):
@@ -78,8 +81,8 @@ class Call:
                 return values + [PLAIN] * (len(results) - len(values))
         except UnknownError:
             pass
-        self.tracer.escape_all(operands, _UNKNOWN, self)
-        return [PLAIN] * len(results)
+        self.tracer.escape_all(operands, UNKNOWN_OPERATOR, self)
+        return [LOST if any(value.tracked or value.unknown for value in operands) else PLAIN] * len(results)
 
     def value(self, argument: Any) -> Value:
         """What is known of an argument (nothing, if it is not a tensor)."""
@@ -129,24 +132,33 @@ def _view(call: Call) -> Value:
 
 
 def _moved(value: Value, move: Callable[[Tensor], Tensor]) -> Value:
-    view = value.view and replace(value.view, coordinates=tuple(map(move, value.view.coordinates)))
-    return replace(value, view=view, gains={gain: move(index) for gain, index in value.gains.items()})
+    return _moved_apart(value, lambda index: [move(index)])[0]
+
+
+def _moved_apart(value: Value, move: Callable[[Tensor], list[Tensor]], count: int = 1) -> list[Value]:
+    """The values of the `count` results of an operator that `move` is on index tensors."""
+    gains = {gain: move(index) for gain, index in value.gains.items()}
+    coordinates = [move(index) for index in value.view.coordinates] if value.view else []
+    return [
+        replace(
+            value,
+            view=value.view and replace(value.view, coordinates=tuple(moved[i] for moved in coordinates)),
+            gains={gain: moved[i] for gain, moved in gains.items() if carries(moved[i])},
+        )
+        for i in range(count)
+    ]
 
 
 def _move(call: Call) -> Value | list[Value]:
     """Run the operator itself on the index tensors of its one tensor."""
     tensor = call.args[0]
     value = call.value(tensor)
+    count = len(tree_leaves(call.out))
     if not value.tracked:
-        return [value] * len(tree_leaves(call.out))
+        return [value] * count
     if call.func.overloadpacket in _COPIES and tensor.numel() > _LARGEST_INDEX:
         raise UnknownError
-
-    def run(index: Tensor) -> list[Tensor]:
-        return tree_leaves(call.func(index, *call.args[1:], **call.kwargs))
-
-    count = len(tree_leaves(call.out))
-    return [_moved(value, lambda index, i=i: run(index)[i]) for i in range(count)]
+    return _moved_apart(value, lambda index: tree_leaves(call.func(index, *call.args[1:], **call.kwargs)), count)
 
 
 def _join(call: Call) -> Value:
@@ -311,7 +323,7 @@ def _add(call: Call) -> Value:
     gains = {}
     for gain in {**a.gains, **b.gains}:
         if gain not in a.gains or gain not in b.gains:
-            call.escape(gain, _WITHOUT)
+            call.escape(gain, UNKNOWN_OPERATOR if a.unknown or b.unknown else _WITHOUT)
             continue
         left, right = (value.gains[gain].broadcast_to(call.out.shape) for value in (a, b))
         if torch.equal(left, right):
@@ -375,7 +387,7 @@ def _norm_with_weight(call: Call) -> list[Value]:
     record.is_norm = True
     if bias is not None:
         call.use(call.value(bias))
-        call.escape(gain, "unknown operator: the norm adds a bias, which is not folded")
+        call.escape(gain, f"{UNKNOWN_OPERATOR}: the norm adds a bias, which is not folded")
         return [Value(normalised=True)]
     return [Value(gains={gain: weight.view.channels().broadcast_to(out.shape)}, normalised=True)]
 
@@ -407,7 +419,7 @@ def _contract(
         elif constant_along(index, dim):
             carried[gain] = expand(collapse(index, dim))
         else:
-            call.escape(gain, _MIXES)
+            call.escape(gain, UNKNOWN_OPERATOR if other.unknown else _MIXES)
     if other.view and folding:
         _fold_site(call, other.view, other_dim, folding)
     else:

@@ -113,7 +113,9 @@ class Tracer(TorchDispatchMode):
             before = self.value_of(tensor) if mutable else PLAIN
             if mutable and (before.tracked or value.tracked) and len(self._storages[_storage(tensor)]) > 1:
                 # Some other tensor sees this write, and which elements of it is not known.
-                self.escape_all((before, value), "unknown operator: a write into memory that other tensors share", call)
+                self.escape_all(
+                    (before, value), f"{rules.UNKNOWN_OPERATOR}: a write into memory that other tensors share", call
+                )
                 value = PLAIN
             self._set(tensor, value)
 
@@ -127,7 +129,9 @@ class Tracer(TorchDispatchMode):
         for alias in aliases:  # such as `parameter.data`
             if alias.shape == tensor.shape and alias.stride() == tensor.stride():
                 return self._values[id(alias)]
-        self.escape_all([self._values[id(alias)] for alias in aliases], "unknown operator: an untraced view of it")
+        self.escape_all(
+            [self._values[id(alias)] for alias in aliases], f"{rules.UNKNOWN_OPERATOR}: an untraced view of it"
+        )
         return PLAIN
 
     def escape(self, gain: str, reason: str, operator: str | None) -> None:

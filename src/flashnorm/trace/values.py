@@ -62,12 +62,14 @@ class Value:
         gains: gain parameter -> channel index of every element (see the module's notes).
         normalised: it has been divided by a root mean square or a norm, or is the tanh of a DyT.
         statistic: it is such a divisor (or its reciprocal).
+        unknown: an operator without a rule made it of something tracked, so nothing can be said of what it holds.
     """
 
     view: View | None = None
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     normalised: bool = False
     statistic: bool = False
+    unknown: bool = False
 
     @property
     def tracked(self) -> bool:
@@ -76,13 +78,25 @@ class Value:
 
 
 PLAIN = Value()
+LOST = Value(unknown=True)
+
+
+def _written_once(index: Tensor) -> Tensor:
+    """The index without its expanded dimensions: what was expanded is constant, and need not be read more than once."""
+    for dim, stride in enumerate(index.stride()):
+        if stride == 0:
+            index = collapse(index, dim)
+    return index
+
+
+def carries(index: Tensor) -> bool:
+    """Whether any element carries a gain at all."""
+    return bool((_written_once(index) != UNKNOWN).any())
 
 
 def constant_along(index: Tensor, dims: int | tuple[int, ...]) -> bool:
     """Whether the index is the same all along the given dimensions."""
-    for dim, stride in enumerate(index.stride()):
-        if stride == 0:
-            index = collapse(index, dim)  # what was expanded is constant, and need not be read more than once
+    index = _written_once(index)
     dims = (dims,) if isinstance(dims, int) else dims
     return all(index.size(dim) == 1 or bool((index == collapse(index, dim)).all()) for dim in dims)
 

@@ -1,0 +1,225 @@
+"""The header of a safetensors file: where each tensor lies. Checked before anything in it is believed.
+
+* A file is 8 bytes of header length (little endian), the header as JSON, then the tensors' bytes without holes.
+* The safetensors package makes the same checks but does not tell byte offsets, and streaming needs those.
+* Every dtype is readable as bytes; that a tensor has a dtype which PyTorch or we cannot compute with matters only if it
+  is to be folded.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashnorm.errors import InputError
+
+# The safetensors library refuses larger headers.
+MAX_HEADER_BYTES = 100_000_000
+
+# Bits of one element. F4 and F6 are packed: a tensor of them must still fill whole bytes.
+DTYPE_BITS = {
+    dtype: bits
+    for bits, dtypes in {
+        4: "F4",
+        6: "F6_E2M3 F6_E3M2",
+        8: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+        16: "I16 U16 F16 BF16",
+        32: "I32 U32 F32",
+        64: "I64 U64 F64 C64",
+    }.items()
+    for dtype in dtypes.split()
+}
+
+# The dtypes whose tensors `Checkpoint.read_tensor` returns; a weight can be folded if it is one of the floating ones.
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "C64": torch.complex64,
+}
+
+_DAMAGED = "the file is damaged or its download is incomplete: fetch it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        file: name of the file, in the checkpoint's folder.
+        dtype: safetensors' name of the dtype, a key of `DTYPE_BITS`.
+        shape: number of elements along each axis.
+        start, end: where its bytes lie in the file, counted from the beginning of the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself.
+
+    Attributes:
+        tensors: name -> where it lies, in the order of the bytes.
+        metadata: the file's `__metadata__`, None if it has none.
+        data_start: where the first tensor begins.
+        size: of the file, in bytes.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] | None
+    data_start: int
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        InputError: the file cannot be read, is truncated, or is not a valid safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8:
+                raise _invalid(path, "a safetensors file of at least 8 bytes", f"{size} bytes", _DAMAGED)
+            if length > MAX_HEADER_BYTES:
+                raise _invalid(path, f"a header of at most {MAX_HEADER_BYTES} bytes", f"{length}", _DAMAGED)
+            if 8 + length > size:
+                raise _invalid(path, f"a header of {length} bytes", f"a file of {size} bytes", _DAMAGED)
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return parse_header(raw, size, path)
+
+
+def parse_header(raw: bytes, size: int, path: Path) -> Header:
+    """Check the JSON of a header against the size of its file.
+
+    Args:
+        raw: the header, without the 8 bytes that give its length.
+        size: of the whole file, in bytes.
+        path: of the file; for messages, and its last part for `TensorInfo.file`.
+
+    Raises:
+        InputError: it is not valid.
+    """
+    data_start = 8 + len(raw)
+    entries = _parse_json(raw, path)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not _is_text_map(metadata):
+        raise _invalid(path, "__metadata__ that maps text to text", f"{_short(metadata)}", _DAMAGED)
+    tensors = {name: _parse_entry(name, entry, data_start, path) for name, entry in entries.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+    position = data_start
+    for name, info in tensors.items():
+        if info.start != position:
+            what = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
+            found = f"{info.start - data_start}: it {what}"
+            raise _invalid(path, f"tensor {name} to begin at data offset {position - data_start}", found, _DAMAGED)
+        position = info.end
+    if position != size:
+        state = "truncated" if size < position else "longer than its header says"
+        raise _invalid(path, f"a file of {position} bytes", f"{size}: it is {state}", _DAMAGED)
+    return Header(tensors, metadata, data_start, size)
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None
+) -> bytes:
+    """The beginning of a safetensors file, written as the safetensors library writes it.
+
+    Args:
+        tensors: name, dtype, shape and size in bytes of each, in the order of the bytes.
+        metadata: `__metadata__`, None for none.
+
+    Returns:
+        The length, the JSON, and spaces up to a multiple of 8 bytes.
+    """
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _invalid(path, "every name once in the header", f"{_short(twice)} twice", _DAMAGED)
+        return entries
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        # Lone surrogates are JSON but not text: such a name could not be written again.
+        json.dumps(entries, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        found = f"something else ({type(error).__name__}: {error})"
+        raise _invalid(path, "a header in JSON", found, f"is it a safetensors file? If it is, {_DAMAGED}") from error
+    if not isinstance(entries, dict):
+        raise _invalid(path, "a JSON object as header", _short(entries), _DAMAGED)
+    return entries
+
+
+def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end], **rest} if not rest:
+            pass
+        case _:
+            raise _invalid(path, f"dtype, shape and data_offsets of tensor {name}", _short(entry), _DAMAGED)
+    if dtype not in DTYPE_BITS:
+        known = ", ".join(DTYPE_BITS)
+        raise _invalid(path, f"tensor {name} to be one of {known}", _short(dtype), "a newer format is not supported")
+    # bool is an int in Python, and true is not a number in a shape.
+    numbers = [*shape, start, end]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise _invalid(path, f"non-negative integers in shape and offsets of tensor {name}", _short(entry), _DAMAGED)
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (end - start):
+        found = f"{end - start} between its offsets"
+        raise _invalid(path, f"{bits / 8:g} bytes for tensor {name} of {dtype} {_short(shape)}", found, _DAMAGED)
+    return TensorInfo(path.name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _invalid(path: Path, expected: str, found: str, remedy: str) -> InputError:
+    return InputError(f"{path}: expected {expected}, found {found}; {remedy}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,236 @@
+"""A checkpoint in a folder: config.json and safetensors files, validated before use.
+
+* One file (`model.safetensors`), or shards with an index (`model.safetensors.index.json`).
+* What the index, the headers and the files say must agree; what does not is an `InputError` before any work is done.
+* Nothing is mapped and nothing large is read: tensors are known by their byte offsets, and read when asked for.
+* Files that are links are followed (the hub's cache is made of links to blobs), but a name in the index must be a plain
+  file name: an index cannot point out of the folder.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashnorm.checkpoint.header import TORCH_DTYPES, Header, TensorInfo, read_header
+from flashnorm.errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """Enough of `stat` to notice that a file was replaced or written to. `mtime_ns` in nanoseconds."""
+
+    size: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(path: Path) -> "FileState":
+        """The state of a file, or of the file that a link leads to. Raises `InputError` if there is none."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return FileState(stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; make one with `Checkpoint.open`.
+
+    Attributes:
+        folder: where it is.
+        config: config.json, parsed.
+        headers: file name -> header, for every safetensors file of the model, in order of their names.
+        tensors: tensor name -> dtype, shape and place in a file, in the order of the files and of their bytes.
+        index: the parsed index, None for a single file.
+        states: file name -> its size and time when it was opened, for config, index and safetensors files.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    headers: dict[str, Header]
+    tensors: dict[str, TensorInfo]
+    index: dict[str, Any] | None
+    states: dict[str, FileState]
+
+    @staticmethod
+    def open(folder: str | Path) -> "Checkpoint":
+        """Open and validate a checkpoint. Reads config, index and headers only.
+
+        Raises:
+            InputError: it is no checkpoint in safetensors format, or a damaged or incomplete one.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "nothing"
+            raise InputError(f"{folder}: expected a folder with config.json and safetensors files, found {found}")
+        config = read_json(folder / CONFIG_FILE, "a checkpoint has one; fetch the whole repository")
+        index = _read_index(folder)
+        files = [SINGLE_FILE] if index is None else sorted(set(index["weight_map"].values()))
+        read = [CONFIG_FILE, *files] if index is None else [CONFIG_FILE, INDEX_FILE, *files]
+        states = {name: FileState.of(folder / name) for name in read}
+        headers = {name: read_header(folder / name) for name in files}
+        tensors: dict[str, TensorInfo] = {}
+        for name, header in headers.items():
+            for twice in tensors.keys() & header.tensors.keys():
+                raise InputError(
+                    f"{folder / name}: expected every tensor once, found {twice} also in {tensors[twice].file}; "
+                    "fetch the checkpoint again"
+                )
+            tensors |= header.tensors
+        if index is not None:
+            _check_index(folder / INDEX_FILE, index["weight_map"], tensors)
+        return Checkpoint(folder, config, headers, tensors, index, states)
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all safetensors files together."""
+        return sum(header.size for header in self.headers.values())
+
+    def read_bytes(self, name: str) -> bytearray:
+        """A tensor's bytes as stored, whatever its dtype. Raises `InputError` if it cannot be read."""
+        info = self.tensors[name]
+        return self._read(info.file, info.start, info.nbytes)
+
+    def read_tensor(self, name: str) -> Tensor:
+        """A whole tensor, in its stored dtype and shape. For small ones: larger ones are streamed, see `shard.py`.
+
+        Raises:
+            InputError: PyTorch has no such dtype, or the file cannot be read.
+            KeyError: there is no tensor of this name.
+        """
+        info = self.tensors[name]
+        return _as_tensor(self.read_bytes(name), self._torch_dtype(name), info.shape)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if one of the files was replaced or written to since it was opened."""
+        for name, state in self.states.items():
+            if FileState.of(self.folder / name) != state:
+                raise InputError(
+                    f"{self.folder / name}: expected the file to stay as it was when the run began, found it changed; "
+                    "run again when nothing writes to it"
+                )
+
+    def _torch_dtype(self, name: str) -> torch.dtype:
+        info = self.tensors[name]
+        if info.dtype not in TORCH_DTYPES:
+            path = self.folder / info.file
+            raise InputError(
+                f"{path}: expected tensor {name} in a dtype that PyTorch computes with, found {info.dtype}"
+            )
+        return TORCH_DTYPES[info.dtype]
+
+    def _read(self, file: str, start: int, nbytes: int) -> bytearray:
+        path = self.folder / file
+        data = bytearray(nbytes)
+        try:
+            with path.open("rb", buffering=0) as handle:
+                handle.seek(start)
+                view = memoryview(data)
+                while view and (count := handle.readinto(view)):
+                    view = view[count:]
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if view:
+            raise InputError(f"{path}: expected {start + nbytes} bytes, found the file shorter; fetch it again")
+        return data
+
+
+def read_json(path: Path, remedy: str = "fetch the file again") -> dict[str, Any]:
+    """Read a JSON object from a file. Raises `InputError` if there is none; `remedy` says what to do then."""
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a JSON file, cannot read it ({error.strerror or error}); {remedy}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, found something else ({error}); {remedy}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}; {remedy}")
+    return data
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    """The index, its file names checked; None for a single file. As in Transformers, a single file comes first."""
+    path = folder / INDEX_FILE
+    single = (folder / SINGLE_FILE).exists()
+    if not path.exists():
+        if not single:
+            raise _no_weights(folder)
+        return None
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: expected weight_map (tensor name to file name), found none; fetch the file again")
+    if single and set(map(str, weight_map.values())) != {SINGLE_FILE}:
+        # Left over from shards that were merged into the single file.
+        return None
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain_name(name):
+            raise InputError(
+                f"{path}: expected the name of a safetensors file in the same folder for {tensor}, found {name!r}; "
+                "this index is not to be trusted"
+            )
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{path}: expected {len(names)} files, {len(missing)} missing: {_some(missing)}; fetch what is missing"
+        )
+    return index
+
+
+def _no_weights(folder: Path) -> InputError:
+    names = sorted(os.listdir(folder))
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles and not safetensors:
+        return InputError(
+            f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found weights as pickles only ({pickles[0]}); "
+            "convert them first: load the model with Transformers and save_pretrained() it, which writes safetensors"
+        )
+    found = f"{_some(safetensors)} without an index" if safetensors else "no weights"
+    return InputError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found {found}; fetch the whole repository")
+
+
+def _is_plain_name(name: str) -> bool:
+    return name.endswith(".safetensors") and not set(name) & set("/\\:\0") and not name.startswith(".")
+
+
+def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise InputError(
+            f"{path}: expected each tensor of the index in a shard, found {len(absent)} in none: {_some(absent)}; "
+            "fetch index and shards again"
+        )
+    unlisted = [name for name in tensors if name not in weight_map]
+    if unlisted:
+        where = tensors[unlisted[0]].file
+        raise InputError(
+            f"{path}: expected every tensor of the shards, found {len(unlisted)} missing, in {where} and perhaps "
+            f"others: {_some(unlisted)}; fetch index and shards again"
+        )
+    for name, file in weight_map.items():
+        if tensors[name].file != file:
+            raise InputError(
+                f"{path}: expected {name} in {file}, found it in {tensors[name].file}; fetch index and shards again"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _as_tensor(raw: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    # frombuffer takes no empty buffers.
+    return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)

@@ -1,0 +1,297 @@
+"""The output of a conversion: it grows in a staging folder beside the target and is published by one rename.
+
+* The target appears whole or not at all, whenever the process is killed; an old one stays until the new replaces it.
+* A journal beside the output records each shard once the disk has it. A later run with the same key keeps those shards
+  whose hash is still what the journal says.
+* config.json is the last file to appear, so that nothing takes the staging folder for a model.
+* A lock keeps two runs from the same target. The system drops it when a process dies.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from flashnorm.checkpoint.direct_io import sha256_of
+from flashnorm.errors import InputError
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's identity: SHA-256 as hexadecimal text, size in bytes."""
+
+    sha256: str
+    size: int
+
+    @staticmethod
+    def of(data: bytes) -> "FileRecord":
+        """The record of a file that holds these bytes."""
+        return FileRecord(hashlib.sha256(data).hexdigest(), len(data))
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: the file that was read for it, and the file that was written."""
+
+    source: FileRecord
+    output: FileRecord
+
+
+class Staging:
+    """Where the output grows. A context manager; leave it by an exception and what cannot be resumed is removed.
+
+    `.{target}.flashnorm-partial/` beside the target holds `lock`, `journal.json`, and `model/`, the target to be.
+
+    Attributes:
+        model: the folder to write into.
+    """
+
+    def __init__(self, target: Path, key: Mapping[str, Any], *, force: bool = False) -> None:
+        """Make the staging folder, or take up the one of an earlier run.
+
+        Args:
+            target: the folder to publish. Its parent is made if there is none.
+            key: JSON values; shards of an earlier run are kept only if its key was the same.
+            force: replace a target that exists.
+
+        Raises:
+            InputError: the target exists, another run holds the lock, or the place cannot be written to.
+        """
+        self.target = target
+        self.folder = staging_folder(target)
+        self.model = self.folder / "model"
+        self._force = force
+        self._key = json.loads(json.dumps(key))
+        self._shards: dict[str, ShardRecord] = {}
+        self._lock: int | None = None
+        check_target(target, force=force)
+
+    def __enter__(self) -> "Staging":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            self._restore_replaced()
+            # Another run may have published since we looked first.
+            check_target(self.target, force=self._force)
+            self._shards = self._read_journal()
+            self.model.mkdir(exist_ok=True)
+            _clear(self.model, keep=self._shards)
+        except OSError as error:
+            self._abandon()
+            raise InputError(
+                f"{self.folder}: cannot be written ({error.strerror or error}); choose a target in a folder that can"
+            ) from error
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            self._abandon()
+        self._release()
+
+    def resumable_bytes(self) -> int:
+        """Bytes of the shards that an earlier run has finished."""
+        return sum(record.output.size for record in self._shards.values())
+
+    def kept(self, name: str) -> ShardRecord | None:
+        """The record of a shard of an earlier run, if the file still is what the record says. Reads the whole file."""
+        record = self._shards.get(name)
+        path = self.model / name
+        if record is None or not path.is_file():
+            return None
+        return record if record.output == file_record(path) else None
+
+    def record(self, name: str, record: ShardRecord) -> None:
+        """Note that a shard is finished. It must have been synced to the disk."""
+        self._shards[name] = record
+        shards = {name: asdict(record) for name, record in self._shards.items()}
+        journal = {"key": self._key, "shards": shards}
+        sync_folder(self.model)
+        new = self.folder / "journal.json.new"
+        write_file(new, json.dumps(journal, indent=1).encode())
+        new.replace(self._journal)
+        sync_folder(self.folder)
+
+    def publish(self) -> None:
+        """Make `model` the target, in one rename. Everything in it must have been synced to the disk."""
+        for folder, _, _ in os.walk(self.model):
+            sync_folder(Path(folder))
+        if self._force and self.target.exists():
+            _exchange(self.model, self.target, aside=self._replaced)
+        else:
+            # Fails if someone has made the target meanwhile, unless as an empty folder.
+            self.model.rename(self.target)
+        sync_folder(self.target.parent)
+        self._shards = {}
+        self._abandon()
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "journal.json"
+
+    @property
+    def _replaced(self) -> Path:
+        return self.folder / "replaced"
+
+    def _take_lock(self) -> int:
+        path = self.folder / "lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that had it may have published and removed the folder since we opened the file.
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock)):
+                raise BlockingIOError
+        except BlockingIOError as error:
+            os.close(lock)
+            raise InputError(
+                f"{self.target}: another run is writing this target; wait until it is done, or choose another target"
+            ) from error
+        except BaseException:
+            os.close(lock)
+            raise
+        return lock
+
+    def _abandon(self) -> None:
+        """Remove what no later run can use, and let go of the lock."""
+        # Removing is a courtesy: it must not hide the error that led here. Without the lock, nothing here is ours.
+        with contextlib.suppress(OSError):
+            if self._lock is not None:
+                for folder in (self.model, self._replaced):
+                    if folder.exists():
+                        _clear(folder, keep=self._shards)
+                if not self._shards:
+                    shutil.rmtree(self.folder)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _restore_replaced(self) -> None:
+        """Undo half an exchange of a run that was killed in it (only where the system cannot exchange in one step)."""
+        if self._replaced.exists() and not os.path.lexists(self.target):
+            self._replaced.rename(self.target)
+
+    def _read_journal(self) -> dict[str, ShardRecord]:
+        """The shards of an earlier run with the same key."""
+        try:
+            journal = json.loads(self._journal.read_bytes())
+            if journal["key"] != self._key:
+                return {}
+            return {
+                name: ShardRecord(FileRecord(**shard["source"]), FileRecord(**shard["output"]))
+                for name, shard in journal["shards"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            # None yet, or of a version whose shards are no use here.
+            return {}
+
+
+def staging_folder(target: Path) -> Path:
+    """Where the output for `target` grows."""
+    return target.parent / f".{target.name}.flashnorm-partial"
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise `InputError` if the target exists and is not to be replaced, or is nothing that `force` may replace."""
+    if not os.path.lexists(target):
+        return
+    if not force:
+        left = staging_folder(target)
+        note = f" ({left} is left from an interrupted run and can be deleted)" if left.exists() else ""
+        raise InputError(f"{target}: expected nothing there yet, found it exists; choose another, or --force{note}")
+    is_model = (target / "config.json").is_file()
+    if target.is_symlink() or not target.is_dir() or not (is_model or not any(target.iterdir())):
+        raise InputError(
+            f"{target}: expected a model folder to replace (one with config.json), found something else; "
+            "remove it yourself or choose another target"
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(staging: Path) -> Iterator[None]:
+    """Turn a full disk into an `InputError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise InputError(
+            f"{staging}: the disk is full or a size limit is reached ({error.strerror}); make room and run the same "
+            "command again: it continues with the shards that are finished"
+        ) from error
+
+
+def write_file(path: Path, data: bytes) -> FileRecord:
+    """Write a small file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord.of(data)
+
+
+def copy_file(source: Path, path: Path) -> FileRecord:
+    """Copy a file byte for byte and wait until the disk has it. Raises `InputError` if the source cannot be read."""
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        original = source.open("rb", buffering=0)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror or error})") from error
+    with original, path.open("wb", buffering=0) as copy:
+        while block := original.read(1 << 20):
+            digest.update(block)
+            view = memoryview(block)
+            while view:
+                view = view[copy.write(view) :]
+            size += len(block)
+        os.fsync(copy.fileno())
+    return FileRecord(digest.hexdigest(), size)
+
+
+def file_record(path: Path) -> FileRecord:
+    """Hash and size of a file. Raises `InputError` if it cannot be read."""
+    return FileRecord(sha256_of(path), path.stat().st_size)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _clear(folder: Path, keep: Collection[str]) -> None:
+    """Remove everything in a folder but the files to keep; config.json first, so that no half a model is left."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != "config.json"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
+
+
+def _exchange(new: Path, old: Path, aside: Path) -> None:
+    """Put `new` at `old`'s place in one step, where the system can; else with a moment in which there is neither."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2 and renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+        return
+    old.rename(aside)
+    new.rename(old)

@@ -1,0 +1,172 @@
+"""The command line: arguments in, one call, a rendered answer out.
+
+Exit status: 0 done, or verified and equal; 1 verified and found different; 2 unusable input.
+"""
+
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from flashnorm import __version__
+from flashnorm.errors import InputError
+from flashnorm.plan import FoldPlan
+
+DIFFERENT, UNUSABLE = 1, 2
+
+app = typer.Typer(
+    help="FlashNorm: fold norm weights into the linears that read them. The model stays the same.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or its id on the Hugging Face hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Untie = Annotated[
+    bool, typer.Option("--untie", help="Give a tied output head its own weight, so that its norm can fold.")
+]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"flashnorm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    model: Model, as_json: AsJson = False, untie: Untie = False, trust_remote_code: TrustRemoteCode = False
+) -> None:
+    """Show which norms fold into what, which stay, and why. Needs config.json only."""
+    from flashnorm.planning import plan as make_plan
+
+    result = make_plan(model, untie=untie, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(result.to_json())
+    else:
+        _print_plan(result)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    keep_norms: Annotated[
+        bool, typer.Option("--keep-norms", help="Keep folded norms as tensors of ones, for runtimes that want them.")
+    ] = False,
+    untie: Untie = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write the FlashNorm version of a checkpoint. An interrupted run continues when it is repeated."""
+    from flashnorm.convert import convert as run
+    from flashnorm.progress import bytes_done
+
+    with bytes_done("converting") as progress:
+        result = run(
+            model,
+            out,
+            keep_norms=keep_norms,
+            untie=untie,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(asdict(result) | {"target": str(result.target)}, indent=1))
+        return
+    resumed = f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else ""
+    print(
+        f"{result.target}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
+        f"{result.shards} file(s){resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
+    )
+
+
+@app.command()
+def verify(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that `convert` wrote.")],
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not run the models.")] = False,
+    text: Annotated[Path | None, typer.Option("--text", help="A text file to compare the outputs on.")] = None,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Check a conversion: the weights bit for bit, the outputs against a float64 oracle. Exit status 1 if they differ."""
+    from flashnorm.verify import verify as run
+    from flashnorm.verify.report import render
+
+    report = run(model, out, weights_only=weights_only, text=text, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        render(report, _console())
+    if not report.ok:
+        raise typer.Exit(DIFFERENT)
+
+
+@app.command()
+def generate(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A FlashNorm checkpoint: a folder or a hub id.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens at most.")] = 100,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Continue a text, greedily, and print it as it comes."""
+    from transformers import TextStreamer
+
+    from flashnorm.runtime.load import load, load_tokenizer
+
+    model: Any = load(out, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        _quiet_transformers()
+        sys.exit(app(standalone_mode=True))
+    except InputError as error:
+        print(f"flashnorm: {error}", file=sys.stderr)
+        sys.exit(UNUSABLE)
+    except KeyboardInterrupt:
+        print("flashnorm: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _quiet_transformers() -> None:
+    """Our own messages say what there is to say; progress is for terminals."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _console() -> Console:
+    """Standard output; where that is no terminal, wide enough for a table row to stay on one line mostly."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _print_plan(plan: FoldPlan) -> None:
+    table = Table("norm", "count", "gain", "what happens", caption=plan.summary(), caption_justify="left")
+    for row in plan.rows():
+        table.add_row(row.norm, str(row.count), row.gain, row.what)
+    _console().print(table)

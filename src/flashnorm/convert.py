@@ -1,0 +1,277 @@
+"""A checkpoint and its fold plan in, the FlashNorm checkpoint out.
+
+* Streaming: each byte of the source is read once (twice for a tensor that is untied), each of the output written once.
+* All or nothing: what is refused is refused before anything is written, and the target appears by one rename.
+* A run that was interrupted continues where it was, and ends with the same bytes as one that was not.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import flashnorm
+from flashnorm.acceptance import check_config, check_places, check_plan
+from flashnorm.checkpoint.card import updated_card
+from flashnorm.checkpoint.header import TensorInfo
+from flashnorm.hub import local_folder
+from flashnorm.checkpoint.names import CheckpointPlan
+from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.checkpoint.shard import output_header, output_tensors, shard_pieces, write_shard
+from flashnorm.checkpoint.small_files import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    copied_files,
+    hub_identity,
+    to_json,
+    updated_config,
+    updated_index,
+)
+from flashnorm.checkpoint.writer import (
+    FileRecord,
+    Staging,
+    check_target,
+    copy_file,
+    disk_errors,
+    file_record,
+    write_file,
+)
+from flashnorm.errors import InputError
+from flashnorm.plan import FoldPlan
+from flashnorm.planning import plan_checkpoint
+
+MANIFEST_VERSION = 1
+
+# Called with the bytes of weights that are written so far, and in all.
+ProgressCallback = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did.
+
+    Attributes:
+        target: the folder that was written.
+        norms: how many norm weights were folded.
+        linears: into how many stored weight tensors.
+        tensors: how many tensors the output holds.
+        shards, resumed_shards: how many safetensors files it has, and how many of them an earlier run had finished.
+        bytes_read, bytes_written: by this run.
+        seconds: wall time.
+    """
+
+    target: Path
+    norms: int
+    linears: int
+    tensors: int
+    shards: int
+    resumed_shards: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+@dataclass
+class _Job:
+    """A conversion that was accepted: what it reads and writes, and the records of what it has read and written."""
+
+    checkpoint: Checkpoint
+    plan: FoldPlan
+    names: CheckpointPlan
+    keep_norms: bool
+    source_id: str | None
+    revision: str | None
+    read: dict[str, FileRecord] = field(default_factory=dict)
+    written: dict[str, FileRecord] = field(default_factory=dict)
+    resumed: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        headers = self.checkpoint.headers.items()
+        self.headers = {name: output_header(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
+        self.tensors = {name: output_tensors(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
+        self.sizes = {name: len(self.headers[name]) + _nbytes(self.tensors[name]) for name in self.headers}
+        self.copies = copied_files(self.checkpoint)
+        self.options = {"keep_norms": self.keep_norms, "untie": bool(self.names.untied)}
+
+    def key(self) -> dict[str, object]:
+        """What must be the same for a shard of an earlier run to be of use."""
+        return {
+            "flashnorm_version": flashnorm.__version__,
+            "plan": self.plan.to_dict(),
+            "names": asdict(self.names),
+            "options": self.options,
+            "source": {name: asdict(state) for name, state in self.checkpoint.states.items()},
+        }
+
+    def write_shards(self, staging: Staging, progress: ProgressCallback | None) -> None:
+        norms = {name: self.checkpoint.read_tensor(name) for name in self.names.norms}
+        done, total = 0, sum(self.sizes.values())
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        for name, header in self.checkpoint.headers.items():
+            record = staging.kept(name)
+            if record is not None:
+                self.resumed.add(name)
+                advance(self.sizes[name])
+            else:
+                pieces = shard_pieces(header, self.names, norms, keep_norms=self.keep_norms)
+                source, output = self.checkpoint.folder / name, staging.model / name
+                record = write_shard(source, output, self.headers[name], pieces, advance)
+                self.checkpoint.check_unchanged()
+                staging.record(name, record)
+            self.read[name], self.written[name] = record.source, record.output
+
+    def write_small_files(self, staging: Staging) -> None:
+        """Everything but the weights. config.json makes a model of the folder, so it comes last."""
+        folder = self.checkpoint.folder
+        for name in self.copies:
+            path = staging.model / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.read[name] = self.written[name] = copy_file(folder / name, path)
+        self._write(staging, CARD_FILE, self._card())
+        if self.checkpoint.index is not None:
+            self._write(staging, INDEX_FILE, updated_index(self.checkpoint, self.tensors))
+        self.read[CONFIG_FILE] = file_record(folder / CONFIG_FILE)
+        config = updated_config(self.checkpoint, self.names)
+        self.written[CONFIG_FILE] = FileRecord.of(config)
+        self.written[MANIFEST_FILE] = write_file(staging.model / MANIFEST_FILE, self._manifest())
+        self.checkpoint.check_unchanged()
+        write_file(staging.model / CONFIG_FILE, config)
+
+    def _write(self, staging: Staging, name: str, data: bytes) -> None:
+        if (self.checkpoint.folder / name).is_file():
+            self.read[name] = file_record(self.checkpoint.folder / name)
+        self.written[name] = write_file(staging.model / name, data)
+
+    def _card(self) -> bytes:
+        path = self.checkpoint.folder / CARD_FILE
+        card = updated_card(
+            path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None,
+            base_model=self.source_id,
+            version=flashnorm.__version__,
+            norms=len(self.names.norms),
+            linears=len(self.names.folds),
+        )
+        return card.encode("utf-8", "surrogateescape")
+
+    def _manifest(self) -> bytes:
+        files = {name: asdict(self.read[name]) for name in sorted(self.read)}
+        return to_json(
+            {
+                "version": MANIFEST_VERSION,
+                "flashnorm_version": flashnorm.__version__,
+                "source": {"id": self.source_id, "revision": self.revision, "files": files},
+                "options": self.options,
+                "plan": self.plan.to_dict(),
+                "files": {name: asdict(self.written[name]) for name in sorted(self.written)},
+            }
+        )
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    keep_norms: bool = False,
+    untie: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback | None = None,
+) -> ConvertResult:
+    """Trace a checkpoint's model and write its FlashNorm version; see `convert_checkpoint`.
+
+    Args:
+        source: the checkpoint's folder, or its hub id.
+        target: the folder to write.
+        keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
+        untie: give a tied model a head of its own, so that its final norm folds as well.
+        force: replace a target that exists.
+        trust_remote_code: whether code in the checkpoint's folder may run.
+        progress: called while weights are written.
+
+    Raises:
+        InputError: the source or the target cannot be used, or the disk is full.
+    """
+    checkpoint = Checkpoint.open(local_folder(source))
+    # What needs no model is refused before one is built.
+    check_config(checkpoint.config, checkpoint.folder)
+    check_places(checkpoint.folder, Path(target))
+    check_target(Path(target), force=force)
+    plan, names = plan_checkpoint(checkpoint, untie=untie, trust_remote_code=trust_remote_code)
+    return convert_checkpoint(checkpoint, plan, names, target, keep_norms=keep_norms, force=force, progress=progress)
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    plan: FoldPlan,
+    names: CheckpointPlan,
+    target: str | Path,
+    *,
+    keep_norms: bool = False,
+    force: bool = False,
+    source_id: str | None = None,
+    revision: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> ConvertResult:
+    """Write the FlashNorm version of a checkpoint.
+
+    Args:
+        checkpoint: the source.
+        plan: what folds, in the model's names; goes into the manifest.
+        names: the same in the checkpoint's names, and which tensors are untied; this is what is carried out.
+        target: the folder to write.
+        keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
+        force: replace a target that exists.
+        source_id, revision: hub id and commit of the source; by default what its path in the hub's cache tells.
+        progress: called while weights are written.
+
+    Raises:
+        InputError: the source or the target cannot be used, or the disk is full. What is left is what the next run
+            continues with: nothing, if no shard was finished.
+    """
+    started = time.monotonic()
+    target = Path(os.path.abspath(target))
+    check_config(checkpoint.config, checkpoint.folder)
+    check_plan(checkpoint, plan, names)
+    check_places(checkpoint.folder, target)
+    check_target(target, force=force)
+    if source_id is None:
+        source_id, revision = hub_identity(checkpoint.folder)
+    job = _Job(checkpoint, plan, names, keep_norms, source_id, revision)
+    with disk_errors(target), Staging(target, job.key(), force=force) as staging:
+        copied = sum((checkpoint.folder / name).stat().st_size for name in job.copies)
+        _check_free_space(target.parent, sum(job.sizes.values()) + copied - staging.resumable_bytes())
+        job.write_shards(staging, progress)
+        job.write_small_files(staging)
+        staging.publish()
+    return ConvertResult(
+        target=target,
+        norms=len(names.norms),
+        linears=len(names.folds),
+        tensors=sum(len(tensors) for tensors in job.tensors.values()),
+        shards=len(job.sizes),
+        resumed_shards=len(job.resumed),
+        bytes_read=sum(record.size for name, record in job.read.items() if name not in job.resumed),
+        bytes_written=sum(record.size for name, record in job.written.items() if name not in job.resumed),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_free_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: expected {needed / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB; make room or choose "
+            "a target on another disk"
+        )
+
+
+def _nbytes(tensors: list[tuple[str, TensorInfo]]) -> int:
+    return sum(info.nbytes for _, info in tensors)

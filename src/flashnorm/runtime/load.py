@@ -1,0 +1,106 @@
+"""Loads a FlashNorm checkpoint into an ordinary Transformers model.
+
+* The model is built without the folded norms' weights, so nothing is missing, and everything else is required as ever.
+* Checkpoints by other tools, which carry no flag, are recognised by exactly the norms that they lack.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from flashnorm.checkpoint.hub import local_folder
+from flashnorm.checkpoint.names import checkpoint_plan
+from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.checkpoint.state import weightless_norms
+from flashnorm.errors import InputError
+from flashnorm.planning import plan_checkpoint
+from flashnorm.runtime.in_memory import mark_config
+from flashnorm.runtime.weightless import make_weightless
+from flashnorm.trace.models import load_config, meta_model
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a FlashNorm checkpoint: one that `flashnorm convert` wrote, or one of the reference's.
+
+    Args:
+        source: a folder or a hub id.
+        dtype: of the loaded weights; "auto" is the checkpoint's own.
+        device: where the model goes; None leaves it where Transformers puts it.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        kwargs: further arguments of Transformers' `from_pretrained`.
+
+    Returns:
+        An ordinary Transformers model in evaluation mode, whose folded norms hold no parameter.
+
+    Raises:
+        InputError: it is no FlashNorm checkpoint, or a damaged one.
+    """
+    folder = local_folder(source)
+    checkpoint = Checkpoint.open(folder)
+    plan, names = plan_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    norms = weightless_norms(checkpoint, names)
+    if norms is None:
+        raise InputError(
+            f"{folder}: expected a FlashNorm checkpoint, found an ordinary one, with the weights of all its norms; convert "
+            "it with `flashnorm convert`, or load it with Transformers and call flashnorm.fold_(model)"
+        )
+    parameters = {names.parameters[tensor]: identity for tensor, identity in norms.items()}
+    blank = meta_model(load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
+    model = _load(folder, type(blank), parameters, list(norms), dtype=dtype, **kwargs)
+    folded = replace(plan, folds=tuple(fold for fold in plan.folds if fold.norm in parameters))
+    mark_config(model.config, checkpoint_plan(folded, blank, ()).norms)
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
+
+
+def _load(folder: Path, base: Any, norms: dict[str, float], tensors: list[str], **kwargs: Any) -> PreTrainedModel:
+    constants: dict[str, float] = {}
+
+    class WithoutNormWeights(base):
+        # With --keep-norms the files hold the folded norms' identity values, which have no place to go any more.
+        _keys_to_ignore_on_load_unexpected = [*(base._keys_to_ignore_on_load_unexpected or ()), *map(_exactly, tensors)]
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            constants.update(make_weightless(self, norms))
+
+    for attribute in ("__name__", "__qualname__", "__module__"):
+        setattr(WithoutNormWeights, attribute, getattr(base, attribute))
+    model, info = WithoutNormWeights.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model.__class__ = base
+    for name, value in constants.items():
+        model.get_buffer(name).fill_(value)
+    problems = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
+    if problems:
+        raise InputError(
+            f"{folder}: expected every weight but those of the folded norms, found {len(problems)} absent or of another "
+            f"shape: {', '.join(sorted(problems)[:3])}; the checkpoint is damaged: fetch or convert it again"
+        )
+    return model
+
+
+def _exactly(name: str) -> str:
+    return "^" + name.replace(".", r"\.") + "$"
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        InputError: it has none that transformers can read.
+    """
+    folder = local_folder(source)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"{folder}: expected a tokenizer, found none that can be read ({first})") from error

@@ -1,0 +1,151 @@
+"""Folding in memory: the same function in float64, and norms that really have no weight."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+import flashnorm
+import tiny
+from flashnorm.errors import InputError
+from flashnorm.runtime.weightless import WeightlessNorm, make_weightless
+from flashnorm.verify.float64 import float64_everywhere
+
+TYPES = [
+    ("llama", {}),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("gemma", {}),
+    ("gemma2", {}),
+    ("gemma3_text", {}),
+    ("olmo2", {}),
+    ("phi3", {}),
+    ("granite", {}),
+    ("cohere2", {}),
+    ("qwen3_moe", tiny.EXPERTS),
+    ("mixtral", tiny.EXPERTS),
+    ("gpt_oss", tiny.EXPERTS),
+]
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """In float64, with experts computed one after the other (the grouped kernels have no float64)."""
+    if hasattr(model.config, "num_experts") or hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")
+    with torch.no_grad(), float64_everywhere():
+        return model(input_ids=tiny.ids()).logits
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), TYPES)
+def test_the_folded_model_computes_the_same(model_type: str, overrides: dict) -> None:
+    model = tiny.model(tiny.config(model_type, **overrides), torch.float64)
+    before = logits(model)
+    plan = flashnorm.plan(model)
+    assert flashnorm.fold_(model) is model
+    after = logits(model)
+    assert (after - before).abs().max() <= 1e-10 * before.abs().max()
+    held = {name for name, _ in model.named_parameters()}
+    assert not held & {fold.norm for fold in plan.folds}
+    assert held >= set(plan.kept)
+
+
+def test_norms_multiply_by_nothing() -> None:
+    """One multiplication a norm is left: by 1/RMS."""
+
+    class Multiplications(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket is torch.ops.aten.mul
+            return func(*args, **(kwargs or {}))
+
+    def count(model: PreTrainedModel) -> int:
+        with Multiplications() as mode, torch.no_grad():
+            model(input_ids=tiny.ids(), use_cache=False)
+        return mode.count
+
+    model = tiny.model(tiny.config("llama"))
+    before = count(model)
+    flashnorm.fold_(model)
+    assert isinstance(model.model.norm, WeightlessNorm)
+    assert before - count(model) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_folded_weight_is_the_rounded_product(dtype: torch.dtype) -> None:
+    model = tiny.model(tiny.config("gemma"), dtype)
+    folded = flashnorm.fold_(copy.deepcopy(model))
+    for fold in flashnorm.plan(model).folds:
+        gain = model.get_parameter(fold.norm).double() + fold.offset
+        for linear in fold.linears:
+            exact = model.get_parameter(linear.name).double() * gain
+            error = (folded.get_parameter(linear.name).double() - exact).abs()
+            assert (error <= exact.abs() * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).tiny).all()
+
+
+def test_a_model_without_anything_to_fold_is_refused_and_unchanged() -> None:
+    model = flashnorm.fold_(tiny.model(tiny.config("llama")))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="norms to fold"):
+        flashnorm.fold_(model)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = tiny.AutoModelForCausalLM.from_config(tiny.config("llama"))
+    with pytest.raises(InputError, match="meta device"):
+        flashnorm.fold_(model)
+
+
+def test_a_plain_module_folds_with_its_example_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 4)).double()
+    nn.init.normal_(model[0].weight)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    before = model(x)
+    flashnorm.fold_(model, (x,))
+    assert isinstance(model[0], nn.RMSNorm)  # it takes weight = None as it is
+    assert model[0].weight is None
+    assert (model(x) - before).abs().max() < 1e-14
+
+
+class GatedNorm(nn.Module):
+    """A norm that does not compute what any weightless one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.tanh(x)
+
+
+def test_a_norm_of_another_kind_keeps_its_code_and_gets_a_constant() -> None:
+    model = nn.Sequential(GatedNorm(), nn.Linear(8, 4).double())
+    x = torch.randn(3, 8, dtype=torch.float64)
+    before = model(x)
+    flashnorm.fold_(model, (x,))
+    assert (model(x) - before).abs().max() < 1e-14
+    assert "0.weight" not in model.state_dict()
+    assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+def test_eps_is_measured(eps: float) -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16))
+            self.dropout, self.variance_epsilon = 0.1, eps
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wide = x.float()
+            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return self.weight * wide.to(x.dtype)
+
+    model = nn.Sequential(Norm())
+    assert make_weightless(model, {"0.weight": 1.0}) == {}
+    assert model[0].eps == eps

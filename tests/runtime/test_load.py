@@ -1,0 +1,172 @@
+"""Loading FlashNorm checkpoints: ours, the reference's, and what is damaged."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import flashnorm
+import tiny
+from flashnorm.errors import InputError
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, change: Callable[[dict], object]) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def norms_of(model: PreTrainedModel) -> list[str]:
+    return [fold.norm for fold in flashnorm.plan(model).folds]
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny.ids()).logits
+
+
+@pytest.fixture(params=["llama", "gemma3_text", "mixtral"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny.model(tiny.config(request.param, **(tiny.EXPERTS if request.param == "mixtral" else {})))
+
+
+@pytest.fixture
+def source(model: PreTrainedModel, tmp_path: Path) -> Path:
+    return tiny.save(tmp_path / "source", model)
+
+
+@pytest.fixture
+def converted(source: Path, tmp_path: Path) -> Path:
+    return flashnorm.convert(source, tmp_path / "converted").target
+
+
+def assert_same(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
+    """In float32 the two differ by rounding only."""
+    expected = logits(model)
+    assert (logits(loaded) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert not {name for name, _ in loaded.named_parameters()} & set(norms_of(model))
+
+
+def test_loads_without_a_word(model: PreTrainedModel, converted: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        loaded = flashnorm.load(converted)
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert_same(loaded, model)
+
+
+def test_generates_and_saves_and_loads_again(converted: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    loaded = flashnorm.load(converted)
+    tokens = loaded.generate(tiny.ids(1), max_new_tokens=8, do_sample=False)
+    assert tokens.equal(model.generate(tiny.ids(1), max_new_tokens=8, do_sample=False))
+    loaded.save_pretrained(tmp_path / "again")
+    again = flashnorm.load(tmp_path / "again")
+    assert logits(again).equal(logits(loaded))
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    written = json.loads((converted / "config.json").read_text())
+    assert saved["flash_norm"] is True
+    assert saved["flashnorm"] == written["flashnorm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_dtype(converted: Path, dtype: torch.dtype) -> None:
+    loaded = flashnorm.load(converted, dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+def test_any_device(converted: Path) -> None:
+    loaded = flashnorm.load(converted, device="meta")
+    assert all(parameter.is_meta for parameter in loaded.parameters())
+
+
+def test_plain_transformers_loads_it_as_well(model: PreTrainedModel, converted: Path) -> None:
+    loaded, info = AutoModelForCausalLM.from_pretrained(converted, output_loading_info=True)
+    assert info["missing_keys"] == set(norms_of(model))
+    expected = logits(model)
+    assert (logits(loaded) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_kept_norms_are_weightless_too(model: PreTrainedModel, source: Path, tmp_path: Path) -> None:
+    kept = flashnorm.convert(source, tmp_path / "kept", keep_norms=True).target
+    _, info = AutoModelForCausalLM.from_pretrained(kept, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert_same(flashnorm.load(kept), model)
+
+
+def test_a_reference_checkpoint_has_no_flag_and_no_manifest(model: PreTrainedModel, converted: Path) -> None:
+    (converted / "flashnorm.json").unlink()
+    edit_config(converted, lambda config: [config.pop("flash_norm"), config.pop("flashnorm")])
+    assert_same(flashnorm.load(converted), model)
+
+
+def test_the_plain_flag_of_other_engines(model: PreTrainedModel, converted: Path) -> None:
+    edit_config(converted, lambda config: config.pop("flashnorm"))
+    assert_same(flashnorm.load(converted), model)
+
+
+def test_the_reference_checkpoint_with_all_norms_at_one(model: PreTrainedModel, source: Path, tmp_path: Path) -> None:
+    kept = flashnorm.convert(source, tmp_path / "kept", keep_norms=True).target
+    edit_config(kept, lambda config: [config.pop("flash_norm"), config.pop("flashnorm")])
+    assert_same(flashnorm.load(kept), model)
+
+
+def test_an_ordinary_checkpoint_is_told_what_to_do(source: Path) -> None:
+    with pytest.raises(InputError, match="flashnorm convert"):
+        flashnorm.load(source)
+
+
+def test_some_norms_absent_is_damage(model: PreTrainedModel, source: Path) -> None:
+    first = "model.layers.0.input_layernorm.weight"
+    edit_tensors(source, lambda tensors: tensors.pop(first))
+    with pytest.raises(InputError, match=rf"1 absent \({first}\); the checkpoint is damaged"):
+        flashnorm.load(source)
+
+
+def test_an_absent_linear_is_damage(converted: Path) -> None:
+    edit_tensors(converted, lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.weight"))
+    with pytest.raises(InputError, match=r"absent.*o_proj"):
+        flashnorm.load(converted)
+
+
+def test_a_norm_that_is_said_to_be_folded_but_has_a_gain(source: Path, converted: Path) -> None:
+    flagged = json.loads((converted / "config.json").read_text())
+    edit_config(source, lambda config: config.update(flashnorm=flagged["flashnorm"]))
+    with pytest.raises(InputError, match="found other values"):
+        flashnorm.load(source)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ([], "found something else"),
+        ({"version": 1, "weightless": [3]}, "found something else"),
+        ({"version": 99, "weightless": []}, "version 1"),
+        ({"version": 1, "weightless": ["no.such.norm"]}, r"no\.such\.norm"),
+    ],
+)
+def test_a_key_that_cannot_be_read(converted: Path, entry: object, message: str) -> None:
+    edit_config(converted, lambda config: config.update(flashnorm=entry))
+    with pytest.raises(InputError, match=message):
+        flashnorm.load(converted)
+
+
+def test_what_is_neither_a_folder_nor_a_hub_id() -> None:
+    with pytest.raises(InputError, match="expected a folder or a hub id"):
+        flashnorm.load("no/such/folder/at/all")
