@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from flashnorm import __version__
 from flashnorm.errors import InputError
@@ -73,9 +74,9 @@ def convert(
 ) -> None:
     """Write the FlashNorm version of a checkpoint. An interrupted run continues when it is repeated."""
     from flashnorm.convert import convert as run
-    from flashnorm.progress import bytes_done
+    from flashnorm.progress import progress_bar
 
-    with bytes_done("converting") as progress:
+    with progress_bar("converting") as report:
         result = run(
             model,
             out,
@@ -83,7 +84,7 @@ def convert(
             untie=untie,
             force=force,
             trust_remote_code=trust_remote_code,
-            progress=progress,
+            progress=report.bytes,
         )
     if as_json:
         print(json.dumps(asdict(result) | {"target": str(result.target)}, indent=1))
@@ -91,7 +92,7 @@ def convert(
     resumed = f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else ""
     print(
         f"{result.target}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
-        f"{result.shards} file(s){resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
+        f"{result.shards} file{'s' if result.shards > 1 else ''}{resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
     )
 
 
@@ -105,14 +106,23 @@ def verify(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check a conversion: the weights bit for bit, the outputs against a float64 oracle. Exit status 1 if they differ."""
+    from flashnorm.progress import progress_bar
     from flashnorm.verify import verify as run
-    from flashnorm.verify.report import render
 
-    report = run(model, out, weights_only=weights_only, text=text, trust_remote_code=trust_remote_code)
+    with progress_bar("comparing weights") as bar:
+        report = run(
+            model,
+            out,
+            weights_only=weights_only,
+            text=text,
+            progress=bar.bytes,
+            stage=bar.stage,
+            trust_remote_code=trust_remote_code,
+        )
     if as_json:
-        print(json.dumps(report.to_dict(), indent=1))
+        print(report.to_json())
     else:
-        render(report, _console())
+        _console().print(report, highlight=False)
     if not report.ok:
         raise typer.Exit(DIFFERENT)
 
@@ -132,6 +142,8 @@ def generate(
     model: Any = load(out, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise InputError(f"expected a prompt of at least one token, found {prompt!r}")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
@@ -168,5 +180,5 @@ def _console() -> Console:
 def _print_plan(plan: FoldPlan) -> None:
     table = Table("norm", "count", "gain", "what happens", caption=plan.summary(), caption_justify="left")
     for row in plan.rows():
-        table.add_row(row.norm, str(row.count), row.gain, row.what)
+        table.add_row(*map(Text, (row.norm, str(row.count), row.gain, row.what)))
     _console().print(table)

@@ -168,5 +168,7 @@ def test_a_key_that_cannot_be_read(converted: Path, entry: object, message: str)
 
 
 def test_what_is_neither_a_folder_nor_a_hub_id() -> None:
-    with pytest.raises(InputError, match="expected a folder or a hub id"):
+    with pytest.raises(InputError, match="found nothing there"):
         flashnorm.load("no/such/folder/at/all")
+    with pytest.raises(InputError, match="expected a folder or a hub id"):
+        flashnorm.load("nobody/no-such-model")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from flashnorm.checkpoint.hub import local_folder
+from flashnorm.hub import local_folder
 from flashnorm.checkpoint.names import checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import weightless_norms
@@ -20,6 +20,8 @@ from flashnorm.planning import plan_checkpoint
 from flashnorm.runtime.in_memory import mark_config
 from flashnorm.runtime.weightless import make_weightless
 from flashnorm.trace.models import load_config, meta_model
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*", "spiece.model", "tekken.json")
 
 
 def load(
@@ -99,6 +101,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
         InputError: it has none that transformers can read.
     """
     folder = local_folder(source)
+    # Without files, transformers makes an empty tokenizer of the model's type.
+    if not any(file.match(pattern) for file in folder.iterdir() for pattern in _TOKENIZER_FILES):
+        raise InputError(f"{folder}: expected a tokenizer, found none; copy its files from the source")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:

@@ -1,0 +1,3 @@
+from flashnorm.cli import main
+
+main()

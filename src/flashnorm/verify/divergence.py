@@ -1,0 +1,65 @@
+"""How far the predictions of one run are from those of another: small pure functions on logits, in float64."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def kl_divergence(oracle: Tensor, run: Tensor) -> float:
+    """Mean Kullback-Leibler divergence `KL(oracle || run)` per token, in nats; NaN if a logit is.
+
+    Summed as `q - p - p log(q/p)`, whose terms are all positive: the plain `p log(p/q)` cancels to no better than
+    1e-16, and two float32 runs are but 1e-12 apart.
+
+    Args:
+        oracle, run: logits, `[tokens, vocabulary]`, any floating dtype.
+    """
+    total = 0.0
+    for p_logits, q_logits in zip(oracle, run, strict=True):  # a token at a time: the vocabulary is large
+        log_p, log_q = (logits.double().log_softmax(-1) for logits in (p_logits, q_logits))
+        p, q, step = log_p.exp(), log_q.exp(), log_q - log_p
+        terms = torch.where(step < 1, p * (torch.expm1(step) - step), q - p - p * step)
+        total += float(torch.where(log_p == -torch.inf, q, terms).sum())
+    return total / len(oracle)
+
+
+def differences(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The largest absolute difference of two logits, and the root mean square; both `[tokens, vocabulary]`."""
+    rows = [(x.double() - y.double()).abs() for x, y in zip(a, b, strict=True)]
+    return float(torch.stack([row.max() for row in rows]).max()), math.sqrt(
+        float(torch.stack([row.square().mean() for row in rows]).mean())
+    )
+
+
+def sensitivity(logits: Tensor) -> float:
+    """How much an error of the logits matters: `sum p (1 - p) z^2` over the vocabulary, averaged over tokens.
+
+    If every logit `z` is off by an independent random part `u` of itself (root mean square), the KL divergence is
+    `u ** 2 / 2` times this, to second order.
+
+    Args:
+        logits: `[tokens, vocabulary]`.
+    """
+    sums = []
+    for row in logits:
+        p, z = row.double().softmax(-1), torch.where(row == -torch.inf, 0.0, row.double())
+        sums.append((p * (1 - p) * z.square()).sum())
+    return float(torch.stack(sums).mean())
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """The share of tokens for which both predict the same next token."""
+    return float((a.argmax(-1) == b.argmax(-1)).double().mean())
+
+
+def perplexity(logits: Tensor, tokens: Tensor) -> float:
+    """`exp` of the mean cross entropy of each token given those before it.
+
+    Args:
+        logits: `[tokens, vocabulary]`.
+        tokens: `[tokens]`, what the logits were computed from.
+    """
+    losses = [cross_entropy(row.double(), token) for row, token in zip(logits[:-1], tokens[1:], strict=True)]
+    return float(torch.stack(losses).mean().exp())

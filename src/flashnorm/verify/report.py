@@ -1,0 +1,132 @@
+"""The answer of `verify`: what was checked, what was measured, and whether source and converted model are the same."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from flashnorm.verify.outputs import OutputsReport
+from flashnorm.verify.weights import WeightsReport
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The answer of `verify`.
+
+    Attributes:
+        source, converted: the folders.
+        weights: the comparison bit for bit.
+        outputs: the comparison of what the models compute; None if it was not asked for.
+    """
+
+    source: str
+    converted: str
+    weights: WeightsReport
+    outputs: OutputsReport | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the converted model is the source."""
+        return self.weights.ok and (self.outputs is None or self.outputs.ok)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values. Numbers that JSON has not (infinity, NaN) are None."""
+        data = {
+            "ok": self.ok,
+            "source": self.source,
+            "converted": self.converted,
+            "weights": self.weights.to_dict(),
+            "outputs": None if self.outputs is None else self.outputs.to_dict(),
+        }
+        return _finite(data)
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [_weights(self.weights)]
+        if self.outputs is not None:
+            parts.append(_outputs(self.outputs))
+        what = "the same model" if self.ok else "NOT the same model"
+        parts.append(_line(self.ok, f"[bold]{escape(self.converted)} is {what} as {escape(self.source)}[/bold]"))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True, force_terminal=False)
+        with console.capture() as capture:
+            render(self, console)
+        return capture.get()
+
+
+def render(report: VerifyReport, console: Console) -> None:
+    """Print a report for the reader."""
+    console.print(report, highlight=False)
+
+
+def _weights(report: WeightsReport) -> RenderableType:
+    rate = report.nbytes / max(report.seconds, 1e-9) / 1e9
+    text = (
+        f"weights: {report.folded} tensors are the correctly rounded product, {report.unchanged} are unchanged, "
+        f"{report.norms} norms left, {report.files} files have their hash "
+        f"({report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s, {rate:.2f} GB/s)"
+    )
+    parts: list[RenderableType] = [_line(report.ok, text)]
+    parts += [Text(f"  {finding}") for finding in report.findings[:_SHOWN]]
+    if report.problems > _SHOWN:
+        parts.append(Text(f"  and {report.problems - _SHOWN} more"))
+    return Group(*parts)
+
+
+def _outputs(report: OutputsReport) -> RenderableType:
+    if report.skipped is not None:
+        return Text.from_markup(f"[yellow]-[/yellow] outputs: not compared, {escape(report.skipped)}")
+    if report.source is None or report.converted is None or report.greedy is None:
+        raise ValueError("a report of outputs that were neither skipped nor run")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for header in ("  run", "KL", "logits", "top-1", "perplexity"):
+        table.add_column(header, justify="left" if header == "  run" else "right")
+    table.add_row("  source, float64", "", "", "", f"{report.oracle_perplexity:.4f}")
+    for name, run in (("source", report.source), ("converted", report.converted)):
+        table.add_row(
+            f"  {name}, {report.dtype}",
+            f"{run.kl:.3g}",
+            f"{run.largest_difference:.3g}",
+            f"{run.agreement:.1%}",
+            f"{run.perplexity:.4f}",
+        )
+    table.add_row("  converted, float64", f"{report.rounding_kl:.3g}", "", "", "")
+    head = (
+        f"outputs: {report.tokens} tokens, against the source in float64 (KL in nats a token, largest difference of a "
+        "logit, same next token)"
+    )
+    ratio = f"KL ratio, converted to source, in {report.dtype}: {report.ratio:.2f}"
+    parts: list[RenderableType] = [_line(report.ok, head), table, Text(f"  {ratio}")]
+    for criterion in report.criteria:
+        parts.append(_line(criterion.ok, f"{escape(criterion.asked)}: {escape(criterion.found)}", indent="  "))
+    greedy = report.greedy
+    if greedy.source_text is not None and greedy.converted_text is not None:
+        parts.append(Text(f"  greedy, source:    {greedy.source_text!r}"))
+        parts.append(Text(f"  greedy, converted: {greedy.converted_text!r}"))
+    return Group(*parts)
+
+
+def _line(ok: bool, markup: str, indent: str = "") -> Text:
+    mark = "[green]✓[/green]" if ok else "[red]✗[/red]"
+    return Text.from_markup(f"{indent}{mark} {markup}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,109 @@
+"""The command line, as a user runs it: output, exit status, and errors without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from flashnorm.plan import FoldPlan
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "flashnorm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], words: str) -> None:
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("flashnorm: ")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("cli") / "source", tiny.model(tiny.config("qwen3"), torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path) -> Path:
+    result = run("convert", source, source.parent / "converted")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "5 norms folded into 11 tensors" in result.stdout
+    return source.parent / "converted"
+
+
+def test_plan_needs_the_config_only(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    table = run("plan", tmp_path)
+    assert (table.returncode, table.stderr) == (0, "")
+    assert "[aten.add at model.layers.*.self_attn (modeling_qwen3.py:" in " ".join(
+        table.stdout.replace("│", "").split()
+    )
+    assert table.stdout.strip().endswith("qwen3: 9 norms, 5 folded into 11 linears, 4 kept")
+    plan = FoldPlan.from_json(run("plan", tmp_path, "--json").stdout)
+    assert (len(plan.folds), len(plan.kept)) == (5, 4)
+
+
+def test_verify_equal_and_different(source: Path, converted: Path) -> None:
+    same = run("verify", source, converted, "--json")
+    assert (same.returncode, same.stderr) == (0, "")
+    assert json.loads(same.stdout)["ok"] is True
+    file = converted / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    try:
+        file.write_bytes(data)
+        different = run("verify", source, converted, "--weights-only")
+        assert different.returncode == 1
+        assert "model.norm" not in different.stdout
+        assert "NOT the same model" in different.stdout
+    finally:
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+
+def test_convert_says_what_it_did_as_json(source: Path, tmp_path: Path) -> None:
+    result = run("convert", source, tmp_path / "out", "--keep-norms", "--json")
+    assert json.loads(result.stdout)["norms"] == 5
+    assert_refused(run("convert", source, tmp_path / "out"), "--force")
+    assert run("convert", source, tmp_path / "out", "--force").returncode == 0
+
+
+def test_an_interrupt_is_not_a_traceback(source: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "flashnorm", "convert", source, tmp_path / "out"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.terminate()
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode in (-15, 128 + 15)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_input(source: Path, converted: Path, tmp_path: Path) -> None:
+    assert_refused(run("plan", tmp_path / "nowhere"), "found nothing there")
+    assert_refused(run("plan", tmp_path), "no config.json")
+    assert_refused(run("convert", converted, tmp_path / "again"), "converted already")
+    assert_refused(run("verify", source, tmp_path), str(tmp_path))
+    assert_refused(run("generate", source, "Hello"), "flashnorm convert")
+    assert_refused(run("generate", converted, "Hello"), "tokenizer")
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert run("convert", "one").returncode == 2
+    assert run("plan", "x", "--no-such-option").returncode == 2
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("flashnorm ")
+    helped = run("convert", "--help")
+    assert helped.returncode == 0
+    assert "--keep-norms" in helped.stdout

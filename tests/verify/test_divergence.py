@@ -1,0 +1,70 @@
+"""The measures of how far two runs are apart, against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+from flashnorm.verify.divergence import agreement, differences, kl_divergence, perplexity, sensitivity
+
+
+def logits(seed: int, scale: float = 3.0) -> torch.Tensor:
+    return scale * torch.randn(20, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_kl_is_the_definition() -> None:
+    p, q = (torch.distributions.Categorical(logits=logits(seed)) for seed in (1, 2))
+    expected = float(torch.distributions.kl_divergence(p, q).mean())
+    assert kl_divergence(logits(1), logits(2)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_of_equal_runs_is_zero_and_shifts_do_not_count() -> None:
+    assert kl_divergence(logits(1), logits(1)) == 0
+    assert kl_divergence(logits(1), logits(1) + 5) < 1e-30
+
+
+def test_tiny_kl_is_its_second_order_term() -> None:
+    """Where the usual formula is all cancellation: half the variance of the difference, under the oracle."""
+    oracle, step = logits(1), 1e-9 * logits(2)
+    p = oracle.softmax(-1)
+    variance = (p * (step - (p * step).sum(-1, keepdim=True)).square()).sum(-1).mean()
+    assert kl_divergence(oracle, oracle + step) == pytest.approx(float(variance) / 2, rel=1e-6)
+
+
+def test_kl_with_masked_vocabulary() -> None:
+    oracle, run = logits(1), logits(2)
+    short = kl_divergence(oracle[:, :40], run[:, :40])
+    oracle[:, 40:] = run[:, 40:] = -math.inf
+    assert kl_divergence(oracle, run) == pytest.approx(short, rel=1e-12)
+
+
+def test_kl_far_apart_is_finite() -> None:
+    oracle, run = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, -2000.0]], dtype=torch.float64)
+    assert kl_divergence(oracle, run) == pytest.approx(1000 - math.log(2))
+    assert kl_divergence(run, oracle) == pytest.approx(math.log(2))
+
+
+def test_nan_is_not_hidden() -> None:
+    broken = logits(1)
+    broken[3, 4] = math.nan
+    assert math.isnan(kl_divergence(logits(1), broken))
+    assert math.isnan(differences(logits(1), broken)[0])
+
+
+def test_differences_agreement_perplexity() -> None:
+    a = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    b = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
+    assert differences(a, b) == (4.0, 2.0)
+    assert agreement(a, b) == 0.5
+    uniform = torch.zeros(10, 7)
+    assert perplexity(uniform, torch.arange(10) % 7) == pytest.approx(7)
+    sure = torch.full((3, 4), -100.0)
+    sure[0, 2] = sure[1, 1] = 0.0
+    assert perplexity(sure, torch.tensor([0, 2, 1])) == pytest.approx(1)
+
+
+def test_sensitivity_is_what_relative_noise_does_to_kl() -> None:
+    oracle = logits(1)
+    noise = torch.randn(100, *oracle.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    kls = [kl_divergence(oracle, oracle * (1 + 1e-4 * sample)) for sample in noise]
+    assert sum(kls) / len(kls) == pytest.approx(1e-8 / 2 * sensitivity(oracle), rel=0.05)

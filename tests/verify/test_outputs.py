@@ -1,0 +1,209 @@
+"""Verification of outputs: healthy conversions of small random models pass, and wrong ones do not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from flashnorm.convert import convert
+from flashnorm.verify import outputs, verify
+from flashnorm.verify.outputs import Greedy, OutputsReport, verify_outputs
+from flashnorm.verify.report import VerifyReport
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 199,
+    "pad_token_id": 0,
+    "max_position_embeddings": 96,
+}
+HEALTHY = [
+    ("llama", torch.bfloat16),
+    ("llama", torch.float16),
+    ("llama", torch.float32),
+    ("llama", torch.float64),
+    ("gemma2", torch.bfloat16),
+    ("gemma2", torch.float32),
+    ("qwen3", torch.bfloat16),
+    ("olmo2", torch.float32),
+]
+
+
+def make_source(folder: Path, model_type: str, dtype: torch.dtype, seed: int = 0) -> Path:
+    """A random model with gains that matter and predictions that differ."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **TINY)
+    model = AutoModelForCausalLM.from_config(config)
+    offset = 0.0 if model_type in ("llama", "qwen3", "olmo2") else 1.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(0.5 + 0.4 * torch.randn_like(parameter) - offset)
+            else:
+                fan_in = 1.0 if "embed" in name else parameter.shape[-1]
+                parameter.copy_(torch.randn_like(parameter) * 1.5 / fan_in**0.5)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., Path]:
+    return lambda *args, **kwargs: make_source(tmp_path / "source", *args, **kwargs)
+
+
+def damaged(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), HEALTHY)
+def test_healthy_conversions_pass(
+    source: Callable[..., Path], tmp_path: Path, model_type: str, dtype: torch.dtype
+) -> None:
+    folder = source(model_type, dtype)
+    convert(folder, tmp_path / "out")
+    report = verify_outputs(folder, tmp_path / "out")
+    assert report.ok, report.criteria
+    assert report.skipped is None
+    assert report.tokens == 96
+    assert report.dtype == str(dtype).removeprefix("torch.")
+    assert report.source
+    assert report.converted
+    assert report.greedy
+    assert len(report.greedy.source) == outputs.GREEDY_STEPS
+    if dtype != torch.float64:
+        assert report.source.kl > 0  # the oracle is not the run itself
+        assert report.rounding_kl < report.source.kl
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_one_weight_left_unfolded_fails(
+    source: Callable[..., Path], tmp_path: Path, dtype: torch.dtype, layer: int
+) -> None:
+    folder = source("llama", dtype)
+    convert(folder, tmp_path / "out")
+    name = f"model.layers.{layer}.mlp.up_proj.weight"
+    original = load_file(folder / "model.safetensors")[name]
+    report = verify_outputs(folder, damaged(tmp_path / "out", lambda tensors: tensors.update({name: original})))
+    assert not report.ok
+    assert [criterion.ok for criterion in report.criteria[:2]] == [False, False]
+
+
+def test_gemma_folded_as_a_plain_gain_fails(source: Callable[..., Path], tmp_path: Path) -> None:
+    folder = source("gemma2", torch.bfloat16)
+    convert(folder, tmp_path / "out")
+    originals = load_file(folder / "model.safetensors")
+
+    def fold_plainly(tensors: dict[str, Tensor]) -> None:
+        for layer in range(3):
+            gain = originals[f"model.layers.{layer}.input_layernorm.weight"]
+            for name in ("q_proj", "k_proj", "v_proj"):
+                key = f"model.layers.{layer}.self_attn.{name}.weight"
+                tensors[key] = originals[key] * gain
+
+    assert not verify_outputs(folder, damaged(tmp_path / "out", fold_plainly)).ok
+
+
+def test_nan_fails(source: Callable[..., Path], tmp_path: Path) -> None:
+    folder = source("llama", torch.float32)
+    convert(folder, tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj.weight"
+    report = verify_outputs(folder, damaged(tmp_path / "out", lambda tensors: tensors[name].fill_(torch.nan)))
+    assert not report.ok
+
+
+def test_a_source_that_does_not_fit_is_not_run(
+    source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = source("llama", torch.bfloat16)
+    convert(folder, tmp_path / "out")
+    monkeypatch.setattr(outputs, "_available_memory", lambda: 1 << 20)
+    report = verify_outputs(folder, tmp_path / "out")
+    assert report.skipped
+    assert "GB" in report.skipped
+    assert report.ok
+    assert report.to_dict() == {"ok": True, "skipped": report.skipped}
+
+
+def test_the_system_tells_its_memory() -> None:
+    available = outputs._available_memory()
+    assert available is None or available > 1 << 28
+
+
+def test_an_encoder_is_not_run(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("modernbert", **{**TINY, "num_hidden_layers": 2})
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "source")
+    report = verify_outputs(tmp_path / "source", tmp_path / "source")
+    assert report.skipped == "modernbert is no causal language model; only those are run"
+
+
+def test_the_whole_answer(source: Callable[..., Path], tmp_path: Path) -> None:
+    """Through `verify`: plan, weights and outputs; text and JSON; progress to the last byte."""
+    folder = source("llama", torch.bfloat16)
+    convert(folder, tmp_path / "out")
+    seen: list[tuple[int, int]] = []
+    stages: list[str] = []
+    report = verify(folder, tmp_path / "out", progress=lambda *step: seen.append(step), stage=stages.append)
+    assert report.ok
+    assert seen[-1][0] == seen[-1][1] == report.weights.nbytes
+    assert len(stages) == 5
+    data = json.loads(report.to_json())
+    assert data["ok"]
+    assert data["weights"]["folded"] == 16  # 3 layers of q, k, v, gate, up; and the head
+    assert data["outputs"]["source"]["kl"] == report.outputs.source.kl  # type: ignore[union-attr]
+    assert "is the same model as" in str(report)
+    assert "KL ratio" in str(report)
+
+    damaged(tmp_path / "out", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].neg_())
+    report = verify(folder, tmp_path / "out", weights_only=True)
+    assert not report.ok
+    assert report.outputs is None
+    assert "tensor model.layers.1.mlp.up_proj.weight: is not the rounded product; 64 of 6144" in str(report)
+    assert "is NOT the same model as" in str(report)
+
+
+def test_untied_conversions_are_recognised(source: Callable[..., Path], tmp_path: Path) -> None:
+    folder = source("gemma2", torch.bfloat16)
+    for untie in (False, True):
+        convert(folder, tmp_path / "out", untie=untie, force=True)
+        report = verify(folder, tmp_path / "out")
+        assert report.ok, str(report)
+        assert report.weights.norms == 6 + untie
+
+
+def test_infinite_numbers_are_json() -> None:
+    report = OutputsReport(rounding_kl=float("inf"))
+    from flashnorm.verify.findings import Finding
+    from flashnorm.verify.weights import WeightsReport
+
+    weights = WeightsReport(0, 0, 0, 0, 0, 0.0, (Finding("tensor", "a[b]", "is missing"),), 1)
+    text = VerifyReport("source", "[bold]out", weights, report).to_json()
+    assert json.loads(text)["outputs"]["rounding_kl"] is None
+
+
+def test_a_near_tie_is_no_difference() -> None:
+    logits = torch.tensor([[0.0, 9.0, 1.0], [5.0, 1.0, 4.9], [0.0, 0.0, 9.0]])
+    expected = torch.tensor([1, 0, 2])
+
+    def compare(found: list[int], tolerance: float) -> Greedy:
+        return outputs._compare_greedy(expected, torch.tensor(found), logits, tolerance, None)
+
+    assert compare([1, 0, 2], 0.0).ok
+    near = compare([1, 2, 0], 0.2)
+    assert (near.identical, near.gap, near.ok) == (1, pytest.approx(0.1, rel=1e-5), True)
+    assert not compare([1, 2, 0], 0.05).ok
+    assert not compare([1, 1, 2], 0.2).ok
+    assert not compare([1, 0], 0.2).ok
