@@ -1,0 +1,42 @@
+# Each target sets up its own environment in .venv; `make PYTHON=python3.12 ...` chooses the interpreter for it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Two small matrices at a time gain nothing from more threads; two test processes share the cores.
+THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= 2
+
+export HF_HUB_OFFLINE := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: demo test lint format bench clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py
+
+test: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --warnings
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(INSTALLED)
+	@$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf build dist $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
