@@ -5,8 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# Two small matrices at a time gain nothing from more threads; two test processes share the cores.
-THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+# Processes of `make test`; each has one thread, as its models are too small for more.
 JOBS ?= 2
 
 export HF_HUB_OFFLINE := 1

@@ -89,10 +89,11 @@ def convert(
     if as_json:
         print(json.dumps(asdict(result) | {"target": str(result.target)}, indent=1))
         return
-    resumed = f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else ""
+    files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
+    resumed = f" ({result.resumed_shards} from an earlier run)" if result.resumed_shards else ""
     print(
         f"{result.target}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
-        f"{result.shards} file{'s' if result.shards > 1 else ''}{resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
+        f"{files}{resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
     )
 
 
@@ -105,7 +106,7 @@ def verify(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check a conversion: the weights bit for bit, the outputs against a float64 oracle. Exit status 1 if they differ."""
+    """Check a conversion: weights bit for bit, outputs against a float64 oracle. Exit status 1 if they differ."""
     from flashnorm.progress import progress_bar
     from flashnorm.verify import verify as run
 

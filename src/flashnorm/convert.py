@@ -16,7 +16,6 @@ import flashnorm
 from flashnorm.acceptance import check_config, check_places, check_plan
 from flashnorm.checkpoint.card import updated_card
 from flashnorm.checkpoint.header import TensorInfo
-from flashnorm.hub import local_folder
 from flashnorm.checkpoint.names import CheckpointPlan
 from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
 from flashnorm.checkpoint.shard import output_header, output_tensors, shard_pieces, write_shard
@@ -39,6 +38,7 @@ from flashnorm.checkpoint.writer import (
     write_file,
 )
 from flashnorm.errors import InputError
+from flashnorm.hub import local_folder
 from flashnorm.plan import FoldPlan
 from flashnorm.planning import plan_checkpoint
 

@@ -196,7 +196,7 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`a * b` rounded, and its error: exactly `a * b` together (Dekker; for magnitudes between 2^-480 and 2^480)."""
+    """`a * b` rounded, and its error: exactly `a * b` together (Dekker; the error is exact above 2^-960)."""
     product = a * b
     a_high, a_low = _split(a)
     b_high, b_low = _split(b)
@@ -206,6 +206,8 @@ def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _split(value: Tensor) -> tuple[Tensor, Tensor]:
     """A float64 as the sum of two 26-bit halves (Veltkamp)."""
-    scaled = value * (2.0**27 + 1.0)
-    high = scaled - (scaled - value)
+    # The largest numbers are split at a smaller scale, where the multiplication does not overflow.
+    scale = torch.where(value.abs() > 2.0**990, 2.0**-28, 1.0)
+    spread = value * scale * (2.0**27 + 1.0)
+    high = (spread - (spread - value * scale)) / scale
     return high, value - high

@@ -26,8 +26,8 @@ class Linear:
     Attributes:
         name: the module parameter.
         axis: the axis of the parameter that is contracted with the norm's output (1 for `nn.Linear`, 0 for `Conv1D`).
-        segments: `(axis_start, gain_start, length)` runs: channel `axis_start + i` takes gain `gain_start + i`. Channels
-            in no run are left alone. Empty means the plain case: channel `i` takes gain `i`, over the whole axis.
+        segments: `(axis_start, gain_start, length)` runs: channel `axis_start + i` takes gain `gain_start + i`.
+            Channels in no run are left alone. Empty means the plain case: every channel `i` takes gain `i`.
     """
 
     name: str

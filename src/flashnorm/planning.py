@@ -56,7 +56,8 @@ def plan_checkpoint(
         name for name in StoredNames(model, checkpoint.tensors).unread() if len(checkpoint.tensors[name].shape) > 1
     ]
     if unread:
-        heads = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        heads = {id(part.weight) for part in embeddings if isinstance(part, nn.Module)}
         shared = {name for name, parameter in model.named_parameters() if id(parameter) in heads}
         reason = f"{UNKNOWN_OPERATOR}: {unread[0]}, which the model's code does not read, may go with the output head"
         plan = plan.keep(

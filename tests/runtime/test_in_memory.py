@@ -149,3 +149,10 @@ def test_eps_is_measured(eps: float) -> None:
     model = nn.Sequential(Norm())
     assert make_weightless(model, {"0.weight": 1.0}) == {}
     assert model[0].eps == eps
+
+
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = tiny.model(tiny.config("gemma3_text"), torch.float64)
+        before = logits(model)
+        assert (logits(flashnorm.fold_(model)) - before).abs().max() <= 1e-10 * before.abs().max()

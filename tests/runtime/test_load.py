@@ -172,3 +172,8 @@ def test_what_is_neither_a_folder_nor_a_hub_id() -> None:
         flashnorm.load("no/such/folder/at/all")
     with pytest.raises(InputError, match="expected a folder or a hub id"):
         flashnorm.load("nobody/no-such-model")
+
+
+def test_in_inference_mode(converted: Path) -> None:
+    with torch.inference_mode():
+        assert logits(flashnorm.load(converted)).isfinite().all()

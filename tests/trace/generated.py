@@ -1,7 +1,8 @@
 """Random small networks of norms, linears and everything that may stand between them, as one torch module.
 
 A network is a program: a list of steps, each an operation from `OPERATIONS` on two earlier tensors, with a number that
-says which parameter. All tensors are `[BATCH, TOKENS, CHANNELS]`. Whatever no later step reads is an output, so that nothing is dead code.
+says which parameter. All tensors are `[BATCH, TOKENS, CHANNELS]`. Whatever no later step reads is an output, so that
+nothing is dead code.
 """
 
 from collections.abc import Callable

@@ -194,6 +194,14 @@ def test_infinite_numbers_are_json() -> None:
     assert json.loads(text)["outputs"]["rounding_kl"] is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_noise(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand(100_000, generator=generator, dtype=torch.float64).mul(5).exp()
+    measured = ((numbers.to(dtype).double() - numbers) / numbers).square().mean().sqrt()
+    assert outputs._rounding_noise(dtype) == pytest.approx(float(measured), rel=0.05)
+
+
 def test_a_near_tie_is_no_difference() -> None:
     logits = torch.tensor([[0.0, 9.0, 1.0], [5.0, 1.0, 4.9], [0.0, 0.0, 9.0]])
     expected = torch.tensor([1, 0, 2])

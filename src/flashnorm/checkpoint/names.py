@@ -46,7 +46,7 @@ class TensorFold:
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """A fold plan in the names of a checkpoint's tensors. The tensors need not be there: whoever reads the files checks.
+    """A fold plan in the names of a checkpoint's tensors. Whether they are there is for the reader of the files to say.
 
     Attributes:
         folds: tensor -> its fold. A tensor in `untied` is folded as well when it is named here.
@@ -157,6 +157,7 @@ def _channels_along(linear: Linear, gain_size: int, tensor: str, view: View) -> 
     return dims[0], channels[along(index, dims[0])]
 
 
+@torch.inference_mode(False)
 def _views_as_stored(model: PreTrainedModel, own: Mapping[str, str]) -> dict[str, View | None]:
     """Every tensor that transformers would save, as a view of the parameter that it comes from (None: of several)."""
     parameters = {name: model.get_parameter(name).to("meta") for name in dict.fromkeys(own.values())}

@@ -13,9 +13,9 @@ CONFIG_VERSION = 1
 def weightless_norms(checkpoint: Checkpoint, names: CheckpointPlan) -> dict[str, float] | None:
     """The norm tensors whose gains are folded, with their identity values; None for an ordinary checkpoint.
 
-    A checkpoint whose config has our key says which. Without the key (the plain `flash_norm` flag of other engines, or no
-    flag at all, as in the reference's checkpoints) it is folded if exactly the norms that the plan can fold are absent, or
-    all of them are at their identity value.
+    A checkpoint whose config has our key says which. Without the key (the plain `flash_norm` flag of other engines, or
+    no flag at all, as in the reference's checkpoints) it is folded if exactly the norms that the plan can fold are
+    absent, or all of them are at their identity value.
 
     Args:
         checkpoint: the files.
@@ -37,8 +37,8 @@ def weightless_norms(checkpoint: Checkpoint, names: CheckpointPlan) -> dict[str,
         for name, identity in norms.items():
             if name in checkpoint.tensors and not (checkpoint.read_tensor(name) == identity).all():
                 raise InputError(
-                    f"{checkpoint.folder}: expected {name} at {identity:g}, because config.json says that it is folded, "
-                    "found other values; the checkpoint is damaged: convert it again"
+                    f"{checkpoint.folder}: expected {name} at {identity:g}, because config.json says that it is "
+                    "folded, found other values; the checkpoint is damaged: convert it again"
                 )
         return norms
     absent = [name for name in names.norms if name not in checkpoint.tensors]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from flashnorm.hub import local_folder
 from flashnorm.checkpoint.names import checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import weightless_norms
 from flashnorm.errors import InputError
+from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
 from flashnorm.runtime.in_memory import mark_config
 from flashnorm.runtime.weightless import make_weightless
@@ -53,8 +53,8 @@ def load(
     norms = weightless_norms(checkpoint, names)
     if norms is None:
         raise InputError(
-            f"{folder}: expected a FlashNorm checkpoint, found an ordinary one, with the weights of all its norms; convert "
-            "it with `flashnorm convert`, or load it with Transformers and call flashnorm.fold_(model)"
+            f"{folder}: expected a FlashNorm checkpoint, found an ordinary one, with the weights of all its norms; "
+            "convert it with `flashnorm convert`, or load it with Transformers and call flashnorm.fold_(model)"
         )
     parameters = {names.parameters[tensor]: identity for tensor, identity in norms.items()}
     blank = meta_model(load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
@@ -67,9 +67,11 @@ def load(
 def _load(folder: Path, base: Any, norms: dict[str, float], tensors: list[str], **kwargs: Any) -> PreTrainedModel:
     constants: dict[str, float] = {}
 
+    # With --keep-norms the files hold the folded norms' identity values, which have no place to go any more.
+    ignored = [*(base._keys_to_ignore_on_load_unexpected or ()), *map(_exactly, tensors)]
+
     class WithoutNormWeights(base):
-        # With --keep-norms the files hold the folded norms' identity values, which have no place to go any more.
-        _keys_to_ignore_on_load_unexpected = [*(base._keys_to_ignore_on_load_unexpected or ()), *map(_exactly, tensors)]
+        _keys_to_ignore_on_load_unexpected = ignored
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
@@ -84,8 +86,8 @@ def _load(folder: Path, base: Any, norms: dict[str, float], tensors: list[str], 
     problems = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
     if problems:
         raise InputError(
-            f"{folder}: expected every weight but those of the folded norms, found {len(problems)} absent or of another "
-            f"shape: {', '.join(sorted(problems)[:3])}; the checkpoint is damaged: fetch or convert it again"
+            f"{folder}: expected every weight but those of the folded norms, found {len(problems)} absent or of "
+            f"another shape: {', '.join(sorted(problems)[:3])}; the checkpoint is damaged: fetch or convert it again"
         )
     return model
 

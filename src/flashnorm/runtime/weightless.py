@@ -1,9 +1,9 @@
 """Makes norms weightless: no parameter, and no multiplication wherever the norm's own computation allows that.
 
-* What a norm module computes is measured, not read off its name: with its weight at the identity value, on numbers small
-  enough for eps to show.
-* A module that accepts `weight = None` keeps its class. One that is a plain RMSNorm becomes `WeightlessNorm`. Anything else
-  (a gated norm, a group norm) keeps its code, with a constant in the place of the parameter.
+* What a norm module computes is measured, not read off its name: with its weight at the identity value, on numbers
+  small enough for eps to show.
+* A module that accepts `weight = None` keeps its class. One that is a plain RMSNorm becomes `WeightlessNorm`. Anything
+  else (a gated norm, a group norm) keeps its code, with a constant in the place of the parameter.
 """
 
 import copy

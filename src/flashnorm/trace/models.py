@@ -47,9 +47,9 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         where = path / "config.json" if path.is_dir() else source
         first = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{where}: expected the config of an architecture that transformers {transformers.__version__} knows, found "
-            f"something else: {first} (a newer transformers may know it; code from the checkpoint itself is run with "
-            "--trust-remote-code only)"
+            f"{where}: expected the config of an architecture that transformers {transformers.__version__} knows, "
+            f"found something else: {first} (a newer transformers may know it; code from the checkpoint itself is "
+            "run with --trust-remote-code only)"
         ) from error
 
 
@@ -70,7 +70,8 @@ def model_class(config: PretrainedConfig) -> Any:
     raise InputError(f"expected the config of a model, found {type(config).__name__}, for which transformers has none")
 
 
-def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code: bool = False) -> nn.Module:
+@torch.inference_mode(False)
+def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
     """The config's model with all parameters on the meta device.
 
     Args:
@@ -109,7 +110,8 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(
-            f"expected a transformers model, found {type(model).__name__}: pass example_inputs, the arguments of its forward"
+            f"expected a transformers model, found {type(model).__name__}: pass example_inputs, the arguments of its "
+            "forward"
         )
     ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=_META)
     kwargs: dict[str, Any] = {"input_ids": ids}

@@ -45,8 +45,12 @@ def plan_of(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldPlan
     return _solve(tracer, model, str(getattr(config, "model_type", "") or type(model).__name__))
 
 
+@torch.inference_mode(False)
 def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
-    """Run the model's forward under a tracer; arguments and errors as for `plan_of`."""
+    """Run the model's forward under a tracer; arguments and errors as for `plan_of`.
+
+    Not in inference mode, whoever calls: there the tracer sees other operators.
+    """
     args, kwargs = (inputs, {}) if inputs is not None else example_inputs(model)
     args, kwargs = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     parameters = {name: nn.Parameter(p.to(_META), p.requires_grad) for name, p in model.named_parameters()}
@@ -170,7 +174,7 @@ def _other_use(name: str, use: Kept, aliases: Sequence[str]) -> Kept:
 
 
 def segments_of(channels: Tensor, gain_size: int) -> Segments:
-    """Runs of consecutive channels as `(axis_start, gain_start, length)`; empty if channel `i` takes gain `i` throughout.
+    """Runs of consecutive channels as `(axis_start, gain_start, length)`; empty if every channel `i` takes gain `i`.
 
     Args:
         channels: `[axis size]`, the gain's channel for every index of the axis, -1 where there is none.
@@ -192,7 +196,7 @@ def segments_of(channels: Tensor, gain_size: int) -> Segments:
 
 
 def _unread(tracer: Tracer, norm: str, parameters: Mapping[str, Tensor]) -> Kept | None:
-    """A module that was given the gain's activation and left some of its parameters unread may read them another time."""
+    """A module that was given the gain's activation and left parameters unread may read them another time."""
     for module in sorted(tracer.gains[norm].received_by):
         prefix = f"{module}." if module else ""
         for name in parameters:

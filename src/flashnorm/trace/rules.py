@@ -194,7 +194,7 @@ def _select_by_index(call: Call) -> Value:
         if any(index is not None and index.dtype == torch.bool for index in indices):
             raise UnknownError
         dims = [dim for dim, index in enumerate(indices) if index is not None]
-        added = [index for index in indices if index is not None][0].dim()
+        added = next(index for index in indices if index is not None).dim()
     else:  # index_select
         dims, added = [call.args[1] % tensor.dim()], 1
     if len(dims) != 1:
@@ -409,7 +409,7 @@ def _matmul(call: Call, a: Tensor, b: Tensor) -> Value:
 def _contract(
     call: Call, moving: Value, dim: int, other: Value, other_dim: int, expand: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """The gains of one side of a contraction over its `dim`: returned if they come out of it, else folded or stopped."""
+    """The gains of one side of a contraction over its `dim`: returned if they come out, else folded or stopped."""
     carried, folding = {}, {}
     for gain, index in moving.gains.items():
         if gain in other.gains:
@@ -460,7 +460,7 @@ def _addmm(call: Call) -> Value:
     value = _matmul(call, call.args[1], call.args[2])
     bias = call.value(call.args[0])
     call.use(bias)
-    for gain in value.gains | bias.gains:
+    for gain in {**value.gains, **bias.gains}:
         call.escape(gain, _WITHOUT)
     return PLAIN
 
@@ -511,117 +511,49 @@ def _independent(call: Call) -> Value:
     return PLAIN
 
 
-_COPIES = {aten.repeat, aten.flip, aten.roll}
-_STATISTICS = {aten.rsqrt, aten.sqrt, aten.linalg_vector_norm, aten.norm}
+def _aten(names: str) -> list[Any]:
+    """ATen operators by their names."""
+    return [getattr(aten, name) for name in names.split()]
 
-_MOVES = [
-    aten.expand,
-    aten.permute,
-    aten.transpose,
-    aten.t,
-    aten.squeeze,
-    aten.unsqueeze,
-    aten.slice,
-    aten.select,
-    aten.split,
-    aten.split_with_sizes,
-    aten.unbind,
-    aten.chunk,
-    aten.narrow,
-    aten.unfold,
-    aten.diagonal,
-    aten.movedim,
-    *_COPIES,
-]
+
+_STATISTICS = _aten("rsqrt sqrt linalg_vector_norm norm")
+
+# These write a tensor out that may have been expanded.
+_COPIES = _aten("repeat flip roll")
+_SAME = _aten("clone alias detach _to_copy lift_fresh neg")
+_VIEWS = _aten("view _unsafe_view reshape")
+_MOVES = _COPIES + _aten(
+    "expand permute transpose t squeeze unsqueeze slice select split split_with_sizes unbind chunk narrow unfold "
+    "diagonal movedim"
+)
 
 # What is impossible whatever the gain's values; `relu` and `abs` are not here, since positive gains pass them.
-_NON_LINEAR_OPERATORS = [
-    *_STATISTICS,
-    aten.silu,
-    aten.gelu,
-    aten.sigmoid,
-    aten.tanh,
-    aten.exp,
-    aten.exp2,
-    aten.log,
-    aten.log1p,
-    aten.softplus,
-    aten.elu,
-    aten.celu,
-    aten.selu,
-    aten.mish,
-    aten.hardswish,
-    aten.hardsigmoid,
-    aten.log_sigmoid_forward,
-    aten._softmax,
-    aten._log_softmax,
-    aten._safe_softmax,
-    aten.pow,
-    aten.square,
-    aten.reciprocal,
-    aten.cos,
-    aten.sin,
-    aten.erf,
-    aten.clamp,
-    aten.clamp_min,
-    aten.clamp_max,
-    aten.maximum,
-    aten.minimum,
-    aten.amax,
-    aten.amin,
-    aten.max,
-    aten.min,
-    aten.argmax,
-    aten.argmin,
-    aten.topk,
-    aten.sort,
-    aten.argsort,
-    aten.floor,
-    aten.ceil,
-    aten.round,
-    aten.var,
-    aten.var_mean,
-    aten.std,
-    aten.eq,
-    aten.ne,
-    aten.lt,
-    aten.le,
-    aten.gt,
-    aten.ge,
-    aten.isnan,
-    aten.isinf,
-]
-
-_INDEPENDENT = [
-    aten.zeros_like,
-    aten.ones_like,
-    aten.full_like,
-    aten.empty_like,
-    aten.rand_like,
-    aten.randn_like,
-    aten.new_zeros,
-    aten.new_ones,
-    aten.new_full,
-    aten.new_empty,
-]
+_NON_LINEAR_OPERATORS = _STATISTICS + _aten(
+    "silu gelu sigmoid tanh exp exp2 log log1p softplus elu celu selu mish hardswish hardsigmoid log_sigmoid_forward "
+    "_softmax _log_softmax _safe_softmax pow square reciprocal cos sin erf clamp clamp_min clamp_max maximum minimum "
+    "amax amin max min argmax argmin topk sort argsort floor ceil round var var_mean std eq ne lt le gt ge isnan isinf"
+)
+_INDEPENDENT = _aten(
+    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty"
+)
 
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys([aten.clone, aten.alias, aten.detach, aten._to_copy, aten.lift_fresh, aten.neg], _same),
-    **dict.fromkeys([aten.view, aten._unsafe_view, aten.reshape], _view),
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys([aten.cat, aten.stack], _join),
+    **dict.fromkeys(_aten("cat stack"), _join),
     aten.constant_pad_nd: _pad,
-    **dict.fromkeys([aten.index, aten.index_select], _select_by_index),
+    **dict.fromkeys(_aten("index index_select"), _select_by_index),
     aten.gather: _gather,
     aten.mul: _multiply,
     aten.div: _divide,
-    **dict.fromkeys([aten.add, aten.sub], _add),
+    **dict.fromkeys(_aten("add sub"), _add),
     aten.masked_fill: _masked_fill,
-    **dict.fromkeys([aten.sum, aten.mean], _reduce),
+    **dict.fromkeys(_aten("sum mean"), _reduce),
     aten.cumsum: _cumulate,
-    **dict.fromkeys([aten.native_layer_norm, aten._fused_rms_norm], _norm_with_weight),
-    **dict.fromkeys([aten.mm, aten.bmm], _mm),
-    **dict.fromkeys([aten.addmm, aten.baddbmm], _addmm),
+    **dict.fromkeys(_aten("native_layer_norm _fused_rms_norm"), _norm_with_weight),
+    **dict.fromkeys(_aten("mm bmm"), _mm),
+    **dict.fromkeys(_aten("addmm baddbmm"), _addmm),
     aten.convolution: _convolution,
     **dict.fromkeys(_NON_LINEAR_OPERATORS, _non_linear),
     **dict.fromkeys(_INDEPENDENT, _independent),

@@ -1,11 +1,11 @@
 """What the tracer knows about a tensor: whose parameter it is, and which gains it carries on which channels.
 
-* A tensor *carries* gain `g` if it equals its value in the folded model times `g[index]`, where `index` is a tensor of
-  its own shape: the channel of the gain at every element, or -1 where there is none.
-* A tensor that is nothing but a parameter's elements moved about is a *view*; one index tensor per axis of the parameter
-  says where every element comes from.
-* So an operator that only moves data needs no rule of its own: it is run on the index tensors. They are expanded (stride
-  0) wherever they are constant, so a view of a gigabyte costs a few kilobytes.
+* A tensor *carries* gain `g` if it equals its value in the folded model times `g[index]`, where `index` is a tensor
+  of its own shape: the channel of the gain at every element, or -1 where there is none.
+* A tensor that is nothing but a parameter's elements moved about is a *view*; one index tensor per axis of the
+  parameter says where every element comes from.
+* So an operator that only moves data needs no rule of its own: it is run on the index tensors. They are expanded
+  (stride 0) wherever they are constant, so a view of a gigabyte costs a few kilobytes.
 """
 
 from collections.abc import Mapping

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from flashnorm.hub import local_folder
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.errors import InputError
+from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
 from flashnorm.verify.outputs import OutputsReport, verify_outputs
 from flashnorm.verify.report import VerifyReport

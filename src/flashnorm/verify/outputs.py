@@ -208,7 +208,7 @@ def verify_outputs(
         stage("the converted model in float64")
         rounding_kl = kl_divergence(oracle, _logits(load_converted(torch.float64), tokens, exact=True))
         oracle_perplexity = perplexity(oracle, tokens)
-        floor = max(torch.finfo(dtype).eps / 2, FLOAT64_NOISE) ** 2 / 2 * sensitivity(oracle)
+        floor = _rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle)
         del oracle
         stage("greedy continuations in float32")
         prompt = tokens[:PROMPT_TOKENS]
@@ -309,6 +309,15 @@ def _compare_greedy(expected: Tensor, found: Tensor, logits: Tensor, tolerance: 
         source_text=texts[0],
         converted_text=texts[1],
     )
+
+
+def _rounding_noise(dtype: torch.dtype) -> float:
+    """The root mean square relative error of rounding to a dtype: `eps / sqrt(12)` over a significand in [1, 2).
+
+    The mean of `1 / m ** 2` is 0.54 if the logarithm of the significand `m` is evenly distributed, as that of most
+    data is.
+    """
+    return max(torch.finfo(dtype).eps * math.sqrt(0.54 / 12), FLOAT64_NOISE)
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype | None:

@@ -146,13 +146,12 @@ class WideGain:
             high, low = gain.high.astype(number), gain.low.astype(number)
             self.value = np.where(low == 0, high, high + low)  # -0 + 0 would lose its sign
         self.zero = gain.zero
-        fits = gain.bits + precision <= limits.nmant + 1
-        same = (self.value == gain.high) & (gain.low == 0)
-        exact = gain.special | (fits & same & np.isfinite(self.value))
         # Three roundings (of the gain, the product and the factor) move it by less than 4 epsilon. A gain out of the
         # dtype's range (or so small that `low` is not in float64's) says nothing about the product: it is between 0 and
         # infinity times the weight.
         usable = np.isfinite(self.value) & (np.abs(self.value) >= max(limits.smallest_normal, 2.0**-960))
+        fits = gain.bits + precision <= limits.nmant + 1
+        exact = gain.special | (usable & fits & (self.value == gain.high) & (gain.low == 0))
         self.value = np.where(exact | usable, self.value, number(1))
         self.below = np.where(exact, number(1), np.where(usable, number(1) - 4 * limits.eps, number(0)))
         self.above = np.where(exact, number(1), np.where(usable, number(1) + 4 * limits.eps, number(np.inf)))
