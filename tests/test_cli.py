@@ -48,8 +48,17 @@ def test_plan_needs_the_config_only(source: Path, tmp_path: Path) -> None:
         table.stdout.replace("│", "").split()
     )
     assert table.stdout.strip().endswith("qwen3: 9 norms, 5 folded into 11 linears, 4 kept")
+    assert "--untie" not in table.stdout
     plan = FoldPlan.from_json(run("plan", tmp_path, "--json").stdout)
     assert (len(plan.folds), len(plan.kept)) == (5, 4)
+
+
+def test_a_tied_head_gets_a_hint(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "kept: tied: lm_head.weight is model.embed_tokens.weight" in run("plan", tmp_path).stdout
+    assert "--untie" in run("plan", tmp_path).stdout
+    assert run("plan", tmp_path, "--untie").stdout.strip().endswith("5 folded into 11 linears, 4 kept")
 
 
 def test_verify_equal_and_different(source: Path, converted: Path) -> None:

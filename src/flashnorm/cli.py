@@ -56,8 +56,10 @@ def plan(
     result = make_plan(model, untie=untie, trust_remote_code=trust_remote_code)
     if as_json:
         print(result.to_json())
-    else:
-        _print_plan(result)
+        return
+    _print_plan(result)
+    if any(kept.reason.startswith("tied") for kept in result.kept.values()):
+        print("A tied head gets a weight of its own with --untie; its norm folds then.")
 
 
 @app.command()
@@ -92,7 +94,7 @@ def convert(
     files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
     resumed = f" ({result.resumed_shards} from an earlier run)" if result.resumed_shards else ""
     print(
-        f"{result.target}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
+        f"{out}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
         f"{files}{resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
     )
 
