@@ -27,6 +27,8 @@ TYPES = [
     ("qwen3_moe", tiny.EXPERTS),
     ("mixtral", tiny.EXPERTS),
     ("gpt_oss", tiny.EXPERTS),
+    # Its code reads the dtype of norm weights from outside of the norms.
+    ("mamba", {"state_size": 8, "time_step_rank": 8}),
 ]
 
 
@@ -112,7 +114,7 @@ def test_a_plain_module_folds_with_its_example_inputs() -> None:
     assert (model(x) - before).abs().max() < 1e-14
 
 
-class GatedNorm(nn.Module):
+class Dyt(nn.Module):
     """A norm that does not compute what any weightless one does."""
 
     def __init__(self) -> None:
@@ -123,8 +125,24 @@ class GatedNorm(nn.Module):
         return self.weight * torch.tanh(x)
 
 
-def test_a_norm_of_another_kind_keeps_its_code_and_gets_a_constant() -> None:
-    model = nn.Sequential(GatedNorm(), nn.Linear(8, 4).double())
+class GatedNorm(Dyt):
+    """An RMSNorm, if it is not given a gate. Here it is."""
+
+    variance_epsilon = 1e-6
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if gate is None else x * nn.functional.silu(gate)
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+class GatedBlock(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](self[0](x, gate=x))
+
+
+@pytest.mark.parametrize(("norm", "block"), [(Dyt, nn.Sequential), (GatedNorm, GatedBlock)])
+def test_a_norm_of_another_kind_keeps_its_code_and_gets_a_constant(norm: type, block: type) -> None:
+    model = block(norm(), nn.Linear(8, 4).double())
     x = torch.randn(3, 8, dtype=torch.float64)
     before = model(x)
     flashnorm.fold_(model, (x,))

@@ -12,6 +12,7 @@ import flashnorm
 import tiny
 from flashnorm.errors import InputError
 from flashnorm.trace.models import meta_model
+from flashnorm.trace.rules import UNKNOWN_OPERATOR
 
 QWEN3_8B = {
     "num_hidden_layers": 36,
@@ -97,6 +98,7 @@ def test_architecture(model_type: str) -> None:
     folded, kept, offset = EXPECTED[model_type]
     assert by_kind([fold.norm for fold in plan.folds]) == folded
     assert by_kind(list(plan.kept)) == kept
+    assert not any(kept.reason.startswith(UNKNOWN_OPERATOR) for kept in plan.kept.values())
     assert {fold.offset for fold in plan.folds} == {offset}
 
 

@@ -14,7 +14,7 @@ from flashnorm.checkpoint.state import CONFIG_VERSION
 from flashnorm.errors import InputError
 from flashnorm.fold import PRECISION, Gain, fold_weight
 from flashnorm.plan import FoldPlan
-from flashnorm.runtime.weightless import make_weightless
+from flashnorm.runtime.weightless import make_weightless, needs_readable_weights
 from flashnorm.trace.planner import plan_of
 
 
@@ -39,13 +39,15 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> nn
     if not plan.folds:
         raise InputError(f"expected a model with norms to fold, found none ({plan.summary()})")
     gains = _gains(model, plan)
+    norms = {fold.norm: fold.identity for fold in plan.folds}
+    readable = needs_readable_weights(model, norms, example_inputs)
     with torch.no_grad():
         for name, (axis, gain) in gains.items():
             weight = model.get_parameter(name)
             weight.copy_(fold_weight(weight.detach().cpu(), gain, axis))
     if isinstance(model, PreTrainedModel):
         mark_config(model.config, checkpoint_plan(plan, model, ()).norms)
-    make_weightless(model, {fold.norm: fold.identity for fold in plan.folds})
+    make_weightless(model, norms, readable)
     return model
 
 

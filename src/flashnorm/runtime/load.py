@@ -18,7 +18,7 @@ from flashnorm.errors import InputError
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
 from flashnorm.runtime.in_memory import mark_config
-from flashnorm.runtime.weightless import make_weightless
+from flashnorm.runtime.weightless import make_weightless, needs_readable_weights
 from flashnorm.trace.models import load_config, meta_model
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*", "spiece.model", "tekken.json")
@@ -58,13 +58,16 @@ def load(
         )
     parameters = {names.parameters[tensor]: identity for tensor, identity in norms.items()}
     blank = meta_model(load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
-    model = _load(folder, type(blank), parameters, list(norms), dtype=dtype, **kwargs)
+    readable = needs_readable_weights(blank, parameters, None)
+    model = _load(folder, type(blank), parameters, list(norms), readable, dtype=dtype, **kwargs)
     folded = replace(plan, folds=tuple(fold for fold in plan.folds if fold.norm in parameters))
     mark_config(model.config, checkpoint_plan(folded, blank, ()).norms)
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
-def _load(folder: Path, base: Any, norms: dict[str, float], tensors: list[str], **kwargs: Any) -> PreTrainedModel:
+def _load(
+    folder: Path, base: Any, norms: dict[str, float], tensors: list[str], readable: bool, **kwargs: Any
+) -> PreTrainedModel:
     constants: dict[str, float] = {}
 
     # With --keep-norms the files hold the folded norms' identity values, which have no place to go any more.
@@ -75,7 +78,7 @@ def _load(folder: Path, base: Any, norms: dict[str, float], tensors: list[str], 
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            constants.update(make_weightless(self, norms))
+            constants.update(make_weightless(self, norms, readable))
 
     for attribute in ("__name__", "__qualname__", "__module__"):
         setattr(WithoutNormWeights, attribute, getattr(base, attribute))

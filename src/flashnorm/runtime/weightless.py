@@ -7,11 +7,16 @@
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from flashnorm.errors import InputError
+from flashnorm.trace.planner import trace
 
 _PROBE_TOKENS = 4
 
@@ -39,40 +44,70 @@ class WeightlessNorm(nn.Module):
         return f"eps={self.eps}"
 
 
-def make_weightless(model: nn.Module, norms: Mapping[str, float]) -> dict[str, float]:
+def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool = False) -> dict[str, float]:
     """Take the named norm weights out of a model, in place.
 
     Args:
         model: any module, on any device; the norms' gains must be folded, or about to be loaded folded.
         norms: parameter name -> its identity value (1.0, or 0.0 for offset gains).
+        readable: leave a constant under each weight's name, for code that reads its dtype from outside of the norm.
 
     Returns:
-        The names that are now constant buffers (not saved with the model) -> their value: the modules that need one.
+        The names that are now constant buffers (not saved with the model) -> their value.
     """
     constants: dict[str, float] = {}
     for name, identity in norms.items():
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         replacement = _without_weight(owner, attribute, identity)
-        if replacement is None:
-            weight = owner.get_parameter(attribute)
-            delattr(owner, attribute)
-            owner.register_buffer(attribute, torch.full_like(weight, identity, requires_grad=False), persistent=False)
-            constants[name] = identity
-        elif replacement is owner:
-            delattr(owner, attribute)
-            owner.register_parameter(attribute, None)
-        else:
+        weight = owner.get_parameter(attribute)
+        if isinstance(replacement, WeightlessNorm):
             parent_name, _, child = owner_name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, replacement.train(owner.training))
+            owner = replacement
+        delattr(owner, attribute)
+        if replacement is None or readable:
+            constant = torch.full_like(weight, identity, requires_grad=False)
+            owner.register_buffer(attribute, constant, persistent=False)
+            constants[name] = identity
+        else:
+            owner.register_parameter(attribute, None)
     return constants
+
+
+def needs_readable_weights(model: nn.Module, norms: Mapping[str, float], inputs: tuple[Any, ...] | None) -> bool:
+    """Whether the model's code reads a norm's weight from outside of the norm (Mamba does, for its dtype).
+
+    Tried on a copy on the meta device.
+
+    Raises:
+        InputError: the forward does not run there with constants either.
+    """
+    for readable in (False, True):
+        memo = {id(tensor): _on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        blank = copy.deepcopy(model, memo)
+        make_weightless(blank, norms, readable)
+        try:
+            trace(blank, inputs)
+        except InputError:
+            if readable:
+                raise
+        else:
+            break
+    return readable
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    blank = tensor.detach().to("meta")
+    return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
 
 
 def _without_weight(module: nn.Module, attribute: str, identity: float) -> nn.Module | None:
     """The module itself if it computes the same with its weight None, a `WeightlessNorm` if that does, else None."""
     weight = module.get_parameter(attribute)
     others = [*module.parameters(), *module.buffers(), *module.children()]
-    if weight.dim() != 1 or len(others) != 1:
+    # One that can be given more than a tensor (a gate, say) may do more with its weight than what is measured here.
+    if weight.dim() != 1 or len(others) != 1 or len(inspect.signature(module.forward).parameters) != 1:
         return None
     ones = torch.full((weight.numel(),), identity, device="cpu")
     try:

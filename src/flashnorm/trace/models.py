@@ -63,7 +63,9 @@ def model_class(config: PretrainedConfig) -> Any:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
             return found
-    for auto in _AUTO_CLASSES:
+    composite = config.get_text_config() is not config
+    # Of a config with several parts, the language model alone would be a part.
+    for auto in sorted(_AUTO_CLASSES, key=lambda auto: composite and auto is transformers.AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
             found = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, (tuple, list)) else found

@@ -53,7 +53,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
     """
     args, kwargs = (inputs, {}) if inputs is not None else example_inputs(model)
     args, kwargs = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-    parameters = {name: nn.Parameter(p.to(_META), p.requires_grad) for name, p in model.named_parameters()}
+    parameters = {name: nn.Parameter(p.detach().to(_META), requires_grad=False) for name, p in model.named_parameters()}
     buffers = {name: buffer.to(_META) for name, buffer in model.named_buffers()}
     tracer = Tracer(model, parameters)
     with _traceable(model):

@@ -214,6 +214,12 @@ def _select_by_index(call: Call) -> Value:
     return _moved(value, move)
 
 
+def _embedding(call: Call) -> Value:
+    """Rows of a weight, by token. What folds into columns would change them."""
+    call.use(call.value(call.args[0]))
+    return PLAIN
+
+
 def _gather(call: Call) -> Value:
     value, dim = call.value(call.args[0]), call.args[1]
 
@@ -544,6 +550,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_aten("cat stack"), _join),
     aten.constant_pad_nd: _pad,
     **dict.fromkeys(_aten("index index_select"), _select_by_index),
+    aten.embedding: _embedding,
     aten.gather: _gather,
     aten.mul: _multiply,
     aten.div: _divide,
