@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import tiny
 from flashnorm.checkpoint import direct_io, shard
 from flashnorm.checkpoint.card import updated_card
 from flashnorm.checkpoint.names import GainUse, TensorFold
@@ -456,3 +457,23 @@ class TestCard:
 
     def test_front_matter_that_is_not_yaml_stays(self):
         assert self.card("---\na: [\n---\nText.\n").startswith("---\na: [\n---\nText.\n\n# FlashNorm\n")
+
+
+class TestConfigOfOtherWeights:
+    """config.json and weights that do not belong together."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"hidden_size": 32}, r"expected .* with shape \[.*\], as config.json has it, found \[.*\]"),
+            ({"num_hidden_layers": 3}, "absent"),
+            ({"intermediate_size": 95}, "gate_proj.weight with shape"),
+        ],
+    )
+    def test_is_refused(self, tmp_path: Path, change: dict, message: str):
+        source = tiny.save(tmp_path / "source", tiny.model(tiny.config("llama")))
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=message):
+            convert(source, tmp_path / "target")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]

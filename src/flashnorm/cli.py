@@ -89,7 +89,7 @@ def convert(
             progress=report.bytes,
         )
     if as_json:
-        print(json.dumps(asdict(result) | {"target": str(result.target)}, indent=1))
+        print(json.dumps(asdict(result) | {"target": str(result.target), "plan": result.plan.to_dict()}, indent=1))
         return
     files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
     resumed = f" ({result.resumed_shards} from an earlier run)" if result.resumed_shards else ""
@@ -97,6 +97,9 @@ def convert(
         f"{out}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
         f"{files}{resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
     )
+    for row in result.plan.rows():
+        if row.kept:
+            print(f"{row.norm} ({row.count}) {row.what}")
 
 
 @app.command()

@@ -60,6 +60,7 @@ class ConvertResult:
         shards, resumed_shards: how many safetensors files it has, and how many of them an earlier run had finished.
         bytes_read, bytes_written: by this run.
         seconds: wall time.
+        plan: what was folded, and which norms were kept and why.
     """
 
     target: Path
@@ -71,6 +72,7 @@ class ConvertResult:
     bytes_read: int
     bytes_written: int
     seconds: float
+    plan: FoldPlan
 
 
 @dataclass
@@ -261,6 +263,7 @@ def convert_checkpoint(
         bytes_read=sum(record.size for name, record in job.read.items() if name not in job.resumed),
         bytes_written=sum(record.size for name, record in job.written.items() if name not in job.resumed),
         seconds=time.monotonic() - started,
+        plan=plan,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from flashnorm.errors import InputError
+from flashnorm.errors import InputError, brief
 
 # Weights in other formats are not fetched.
 _IGNORED = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot", "original/*", "onnx/*"]
@@ -32,5 +32,4 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), ignore_patterns=_IGNORED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"{source}: expected a folder or a hub id, found neither ({first})") from error
+        raise InputError(f"{source}: expected a folder or a hub id, found neither ({brief(error)})") from error

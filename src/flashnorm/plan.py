@@ -181,6 +181,11 @@ class PlanRow:
     gain: str
     what: str
 
+    @property
+    def kept(self) -> bool:
+        """Whether the norm stays; it has no gain to show then."""
+        return not self.gain
+
 
 def _linear_to_dict(linear: Linear) -> dict[str, Any]:
     data: dict[str, Any] = {"name": linear.name, "axis": linear.axis}

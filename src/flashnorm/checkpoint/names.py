@@ -53,12 +53,14 @@ class CheckpointPlan:
         norms: norm tensor -> its identity value (1.0, or 0.0 for offset gains): these leave the checkpoint.
         untied: new tensor -> the source tensor whose values it copies (`lm_head.weight` -> the embedding).
         parameters: norm tensor -> the module parameter that it is loaded into.
+        shapes: tensor, of those above -> the shape that the model expects.
     """
 
     folds: dict[str, TensorFold] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class StoredNames:
@@ -115,8 +117,9 @@ def checkpoint_plan(
     gains: dict[str, list[GainUse]] = defaultdict(list)
     result = CheckpointPlan()
     for fold in plan.folds:
-        norm = _norm_tensor(names, fold)
+        norm, norm_view = _norm_tensor(names, fold)
         result.norms[norm] = fold.identity
+        result.shapes[norm] = norm_view.stored_shape
         result.parameters[norm] = fold.norm
         size = model.get_parameter(fold.norm).numel()
         for linear in fold.linears:
@@ -127,6 +130,7 @@ def checkpoint_plan(
                 )
             for tensor, view in views.items():
                 axis, channels = _channels_along(linear, size, tensor, view)
+                result.shapes[tensor] = view.stored_shape
                 if axes.setdefault(tensor, axis) != axis:
                     raise InputError(
                         f"expected all gains of {tensor} on axis {axes[tensor]}, found axis {axis} as well"
@@ -138,11 +142,11 @@ def checkpoint_plan(
     return result
 
 
-def _norm_tensor(names: StoredNames, fold: Fold) -> str:
+def _norm_tensor(names: StoredNames, fold: Fold) -> tuple[str, View]:
     views = names.views(fold.norm)
     if len(views) != 1:
         raise InputError(f"expected {fold.norm} to be stored as one tensor, found {sorted(views) or 'none'}")
-    return next(iter(views))
+    return next(iter(views.items()))
 
 
 def _channels_along(linear: Linear, gain_size: int, tensor: str, view: View) -> tuple[int, Tensor]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from flashnorm.checkpoint.names import checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import weightless_norms
-from flashnorm.errors import InputError
+from flashnorm.errors import InputError, brief
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
 from flashnorm.runtime.in_memory import mark_config
@@ -112,5 +112,4 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"{folder}: expected a tokenizer, found none that can be read ({first})") from error
+        raise InputError(f"{folder}: expected a tokenizer, found none that can be read ({brief(error)})") from error

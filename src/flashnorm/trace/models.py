@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from flashnorm.errors import InputError
+from flashnorm.errors import InputError, brief
 from flashnorm.hub import check_source
 
 # Where a config that names no architecture of transformers' is looked up, in this order.
@@ -45,11 +45,10 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config can hold, and whatever its class makes of it
         where = path / "config.json" if path.is_dir() else source
-        first = str(error).strip().split("\n")[0]
         raise InputError(
             f"{where}: expected the config of an architecture that transformers {transformers.__version__} knows, "
-            f"found something else: {first} (a newer transformers may know it; code from the checkpoint itself is "
-            "run with --trust-remote-code only)"
+            f"found something else: {brief(error)} (a newer transformers may know it; code from the checkpoint "
+            "itself is run with --trust-remote-code only)"
         ) from error
 
 

@@ -43,6 +43,11 @@ class View:
         )
         return View(name, shape, coordinates)
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of this tensor (`shape` is the parameter's)."""
+        return tuple(self.coordinates[0].shape)
+
     def channels(self) -> Tensor:
         """The flat index into the parameter of every element."""
         flat = torch.zeros((), dtype=torch.long)

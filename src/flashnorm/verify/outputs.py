@@ -16,11 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from flashnorm.checkpoint.header import DTYPE_BITS, TORCH_DTYPES
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.errors import InputError
+from flashnorm.runtime.load import load, load_tokenizer
 from flashnorm.trace.models import load_config
 from flashnorm.verify.divergence import agreement, differences, kl_divergence, perplexity, sensitivity
 from flashnorm.verify.float64 import float64_everywhere
@@ -194,8 +196,6 @@ def verify_outputs(
         ).eval()
 
     def load_converted(dtype: torch.dtype) -> PreTrainedModel:
-        from flashnorm.runtime.load import load
-
         return load(result.folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
     with _quiet():
@@ -353,9 +353,8 @@ def _available_memory() -> int | None:
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception:  # transformers raises whatever it met; without a tokenizer, we do without one
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except InputError:  # there is none; we do without
         return None
 
 
