@@ -518,8 +518,8 @@ def _independent(call: Call) -> Value:
 
 
 def _aten(names: str) -> list[Any]:
-    """ATen operators by their names."""
-    return [getattr(aten, name) for name in names.split()]
+    """ATen operators by their names; those that this PyTorch does not have cannot be met."""
+    return [getattr(aten, name) for name in names.split() if hasattr(aten, name)]
 
 
 _STATISTICS = _aten("rsqrt sqrt linalg_vector_norm norm")
