@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashnorm.fold import PRECISION, Gain, fold_weight, gain_of, product_of
+from flashnorm.fold import PRECISION, Gain, divide_bias, fold_bias, fold_weight, gain_of, is_divisible, product_of
 
 SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126, torch.float64: -1022}
 
@@ -74,6 +74,72 @@ def test_two_gains_on_one_channel_are_rounded_once(data: st.DataObject, dtype: t
         for factor in (weight, first, second):
             exact *= Fraction(factor[channel].item())
         assert Fraction(folded[channel].item()) == rounded(exact, dtype)
+
+
+@pytest.mark.parametrize("beta_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", PRECISION)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_bias_takes_the_exact_sum_rounded_once(
+    data: st.DataObject, dtype: torch.dtype, beta_dtype: torch.dtype
+) -> None:
+    bias, weight, other = data.draw(numbers(dtype, 2)), data.draw(numbers(dtype, 6)).view(2, 3), torch.ones(2, 1)
+    beta, gamma = data.draw(numbers(beta_dtype, 3)), data.draw(numbers(torch.float16, 1))
+    taken = fold_bias(bias, [(weight, beta), (other, gamma)])
+    assert taken.dtype == dtype
+    for row in range(2):
+        exact = Fraction(bias[row].item()) + Fraction(gamma[0].item())
+        exact += sum(Fraction(w.item()) * Fraction(b.item()) for w, b in zip(weight[row], beta, strict=True))
+        expected = rounded(exact, dtype)
+        found = taken[row].item()
+        if abs(expected) > torch.finfo(dtype).max:
+            assert found == math.copysign(math.inf, expected)
+        else:
+            assert Fraction(found) == expected
+
+
+def test_a_bias_is_exact_where_a_float64_sum_is_not() -> None:
+    weight = torch.tensor([[2.0**80, 1.0, -(2.0**80)], [1.0, 2.0**-60, 0.0]])
+    taken = fold_bias(torch.tensor([0.0, 2.0**-24]), [(weight, torch.ones(3))])
+    # The second is just above the middle of two float32 numbers, by less than float64 can see.
+    assert taken.tolist() == [1.0, 1.0 + 2.0**-23]
+    zero = fold_bias(torch.tensor([-0.0]), [(torch.zeros(1, 2), torch.ones(2))])
+    assert not zero.signbit().any()
+
+
+def test_a_bias_carries_infinities_and_nans() -> None:
+    weight = torch.tensor([[math.inf, 1.0], [math.nan, 1.0], [1.0, -math.inf], [math.inf, -math.inf]])
+    taken = fold_bias(torch.zeros(4, dtype=torch.bfloat16), [(weight, torch.ones(2))])
+    assert taken[0] == math.inf
+    assert taken[2] == -math.inf
+    assert taken[1].isnan()
+    assert taken[3].isnan()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("gain_dtype", PRECISION)
+@pytest.mark.parametrize("dtype", PRECISION)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_bias_that_stays_is_the_exact_quotient_rounded_once(
+    data: st.DataObject, dtype: torch.dtype, gain_dtype: torch.dtype, offset: float
+) -> None:
+    bias, norm = data.draw(numbers(dtype, 4)), data.draw(numbers(gain_dtype, 4))
+    gain = gain_of(norm, offset)
+    divided, usable = divide_bias(bias, gain), is_divisible(bias, gain)
+    assert divided.dtype == dtype
+    for channel in range(4):
+        beta, g = Fraction(bias[channel].item()), Fraction(offset) + Fraction(norm[channel].item())
+        if beta == 0:
+            assert usable[channel]
+            assert divided[channel] == 0
+            continue
+        expected = rounded(beta / g, dtype) if g else None
+        limits = torch.finfo(dtype)
+        inside = expected is not None and limits.tiny <= abs(expected) <= limits.max
+        assert bool(usable[channel]) == inside
+        if inside:
+            assert Fraction(divided[channel].item()) == expected
 
 
 def test_ties_and_double_rounding() -> None:

@@ -59,6 +59,14 @@ def check_plan(checkpoint: Checkpoint, plan: FoldPlan, names: CheckpointPlan) ->
                 f"{checkpoint.folder}: expected tensor {source}, of which {new} is to be a copy, found none; "
                 "is the checkpoint complete?"
             )
+    for name in (*names.divided, *names.biases):
+        if name not in checkpoint.tensors:
+            raise InputError(
+                f"{checkpoint.folder}: expected tensor {name}, a bias that the fold changes, found none; is the "
+                "checkpoint complete, and of the model that its config.json names?"
+            )
+        _check_dtype(checkpoint, name)
+        _check_shape(checkpoint, names, name, name)
     for name, fold in names.folds.items():
         _check_fold(checkpoint, names, name, fold)
 

@@ -1,6 +1,7 @@
 """A checkpoint and its fold plan in, the FlashNorm checkpoint out.
 
-* Streaming: each byte of the source is read once (twice for a tensor that is untied), each of the output written once.
+* Streaming: each byte of the source is read once, each of the output written once. What is read twice: a tensor that is
+  untied, and the weight of a linear whose bias takes a norm's.
 * All or nothing: what is refused is refused before anything is written, and the target appears by one rename.
 * A run that was interrupted continues where it was, and ends with the same bytes as one that was not.
 """
@@ -10,10 +11,12 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import flashnorm
 from flashnorm.acceptance import check_config, check_places, check_plan
+from flashnorm.checkpoint.biases import new_bias
 from flashnorm.checkpoint.card import updated_card
 from flashnorm.checkpoint.header import TensorInfo
 from flashnorm.checkpoint.names import CheckpointPlan
@@ -109,6 +112,7 @@ class _Job:
 
     def write_shards(self, staging: Staging, progress: ProgressCallback | None) -> None:
         norms = {name: self.checkpoint.read_tensor(name) for name in self.names.norms}
+        bias = partial(new_bias, self.checkpoint, self.names)
         done, total = 0, sum(self.sizes.values())
 
         def advance(nbytes: int) -> None:
@@ -123,7 +127,7 @@ class _Job:
                 self.resumed.add(name)
                 advance(self.sizes[name])
             else:
-                pieces = shard_pieces(header, self.names, norms, keep_norms=self.keep_norms)
+                pieces = shard_pieces(header, self.names, norms, bias, keep_norms=self.keep_norms)
                 source, output = self.checkpoint.folder / name, staging.model / name
                 record = write_shard(source, output, self.headers[name], pieces, advance)
                 self.checkpoint.check_unchanged()
@@ -158,7 +162,7 @@ class _Job:
             path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None,
             base_model=self.source_id,
             version=flashnorm.__version__,
-            norms=len(self.names.norms),
+            norms=len(self.plan.folds),
             linears=len(self.names.folds),
         )
         return card.encode("utf-8", "surrogateescape")
@@ -255,7 +259,7 @@ def convert_checkpoint(
         staging.publish()
     return ConvertResult(
         target=target,
-        norms=len(names.norms),
+        norms=len(plan.folds),
         linears=len(names.folds),
         tensors=sum(len(tensors) for tensors in job.tensors.values()),
         shards=len(job.sizes),

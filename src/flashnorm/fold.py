@@ -2,12 +2,16 @@
 
 * `W* = W diag(g)` (FlashNorm, proposition 1) with `g = offset + w`: the result is the exact product rounded once, to
   the nearest value of `W`'s dtype, ties to even.
+* A norm's bias goes into the linear's, `c* = c + W beta`, or stays as `beta / g`: exact as well, and rounded once.
 * A gain is kept as an unevaluated sum `high + low` of two float64 tensors, because `1 + w` needs up to 53 + 126 bits.
 * Casting float64 to a 16-bit dtype rounds twice in PyTorch (through float32); rounding the first time *to odd* makes
   the second rounding right (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
 """
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -100,6 +104,84 @@ def fold_weight(weight: Tensor, gain: Gain, axis: int, out: Tensor | None = None
     return out
 
 
+def fold_bias(bias: Tensor, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`c + W beta`: a linear's bias that takes the bias of the norm before it.
+
+    Args:
+        bias: `[out]`, of a dtype in `PRECISION`.
+        products: pairs of `W`, `[out, in]`, and `beta`, `[in]`, one for each norm bias.
+
+    Returns:
+        `[out]`, of `bias`'s dtype: the exact sum of all products, rounded once to nearest, ties to even. An exact zero
+        is +0. Where anything is infinite or NaN, so is the result, as summation has it.
+
+    Raises:
+        TypeError: a tensor is not of a dtype in `PRECISION`.
+    """
+    for tensor in (bias, *itertools.chain(*products)):
+        _check_dtype(tensor)
+    total, magnitude, terms = bias.double(), bias.double().abs(), 1
+    for weight, beta in products:
+        total = total + weight.double() @ beta.double()
+        magnitude = magnitude + weight.double().abs() @ beta.double().abs()
+        terms += 2 * weight.shape[1]
+    # A float64 sum is off by at most about `terms` half units in the last place of the sum of magnitudes; a product of
+    # two float64 numbers, by one more, and by what is lost below the normal numbers.
+    bound = magnitude * (terms * torch.finfo(torch.float64).eps) + terms * torch.finfo(torch.float64).tiny
+    low, high = (_round(total - bound, bias.dtype), _round(total + bound, bias.dtype))
+    rounded = _round(total, bias.dtype) + 0.0  # turns -0 into +0
+    doubtful = ((low != high) & total.isfinite()).nonzero().flatten()
+    if bias.dtype == torch.float64:
+        doubtful = total.isfinite().nonzero().flatten()
+    if doubtful.numel():
+        parts = [_two_product(weight[doubtful].double(), beta.double()) for weight, beta in products]
+        rows = torch.cat([bias[doubtful, None].double(), *itertools.chain(*parts)], dim=1)
+        rounded[doubtful] = _round_sums(rows, bias.dtype)
+    return rounded
+
+
+def divide_bias(bias: Tensor, gain: Gain) -> Tensor:
+    """`beta / g`: a norm's bias that stays when the gain leaves, since `g * x + beta = g * (x + beta / g)`.
+
+    Args:
+        bias: `[n]`, of a dtype in `PRECISION`.
+        gain: one value per channel.
+
+    Returns:
+        `[n]`, of `bias`'s dtype: the exact quotient, rounded once to nearest, ties to even; a zero divided by
+        anything is that zero. See `is_divisible` for where that can be used.
+
+    Raises:
+        TypeError: the bias is not of a dtype in `PRECISION`.
+    """
+    _check_dtype(bias)
+    wide = bias.double()
+    quotient = wide / gain.high
+    product, error = _two_product(quotient, gain.high)
+    residual = (wide - product) - error
+    for i in (gain.low != 0).nonzero().flatten().tolist():  # a gain of more than 53 bits: rare, so exactly
+        exact = Fraction(gain.high[i].item()) + Fraction(gain.low[i].item())
+        if exact and math.isfinite(wide[i]):
+            value = Fraction(wide[i].item()) / exact
+            quotient[i] = float(value)
+            rest = value - Fraction(quotient[i].item())
+            residual[i] = float((rest > 0) - (rest < 0)) * math.copysign(1.0, exact)
+    # Whether the exact quotient is above or below the rounded one: the residual's sign, turned with the gain's.
+    error = torch.where(quotient.isfinite() & (wide != 0), residual * gain.high.sign(), 0.0)
+    divided = _round(quotient if bias.dtype == torch.float64 else _to_odd(quotient, error), bias.dtype)
+    return torch.where(bias == 0, bias, divided)
+
+
+def is_divisible(bias: Tensor, gain: Gain) -> Tensor:
+    """Where `beta / g` can stand for `beta`: `[n]`, boolean. Both are as for `divide_bias`.
+
+    Not where the gain is zero or NaN and the bias is not zero, and not where the quotient is infinite or subnormal.
+    """
+    quotient = divide_bias(bias, gain)
+    normal = quotient.isfinite() & (quotient.abs() >= torch.finfo(bias.dtype).tiny)
+    return (bias == 0) | normal
+
+
 def _check_dtype(weight: Tensor) -> None:
     if weight.dtype not in PRECISION:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRECISION)
@@ -161,6 +243,16 @@ def _round_sum_of_products(weight: Tensor, high: Tensor, low: Tensor, dtype: tor
     rounded = total + correction if dtype == torch.float64 else _add_to_odd(total, correction)
     # Where there is nothing to round, the product itself: it has the right sign of zero, infinity or NaN.
     return _round(torch.where(main.isfinite() & (weight != 0) & (high != 0), rounded, main), dtype)
+
+
+def _round_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The exact sum of each row of float64 numbers, rounded once: `[rows, terms]` to `[rows]` of `dtype`."""
+    sums, errors = [], []
+    for terms in rows.tolist():
+        sums.append(math.fsum(terms))  # is the exact sum, rounded
+        errors.append(math.fsum([*terms, -sums[-1]]))
+    total, error = torch.tensor(sums, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+    return (total if dtype == torch.float64 else _round(_to_odd(total, error), dtype)) + 0.0
 
 
 def _round(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,11 +28,13 @@ class Linear:
         axis: the axis of the parameter that is contracted with the norm's output (1 for `nn.Linear`, 0 for `Conv1D`).
         segments: `(axis_start, gain_start, length)` runs: channel `axis_start + i` takes gain `gain_start + i`.
             Channels in no run are left alone. Empty means the plain case: every channel `i` takes gain `i`.
+        bias: the bias of this linear, `c`, if it takes the norm's bias: `c + W beta` (identity of a norm bias).
     """
 
     name: str
     axis: int
     segments: Segments = ()
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Fold:
         norm: the norm's weight `w`; its gain is `offset + w`, and its identity value is `1 - offset`.
         offset: 0.0 (Llama: gain is `w`) or 1.0 (Gemma: gain is `1 + w`).
         linears: every weight that reads the norm's output.
-        bias: the norm's bias where it folds as well (LayerNorm, proposition of a bias), else None.
+        bias: the norm's own bias `beta` (LayerNorm, DyT), or None. If every linear has a bias to take it, it leaves the
+            model; else it stays, divided by the gain: `W (g * x + beta) = (W diag(g)) (x + beta / g)`.
     """
 
     norm: str
@@ -55,6 +58,21 @@ class Fold:
     def identity(self) -> float:
         """The value of the stored weight at which the norm multiplies by exactly one."""
         return 1.0 - self.offset
+
+    @property
+    def bias_leaves(self) -> bool:
+        """Whether the norm's bias leaves the model as well."""
+        return self.bias is not None and all(linear.bias is not None for linear in self.linears)
+
+    @property
+    def bias_stays(self) -> bool:
+        """Whether the norm has a bias that stays, divided by the gain."""
+        return self.bias is not None and not self.bias_leaves
+
+    @property
+    def leaving(self) -> dict[str, float]:
+        """The parameters that leave the model, each with the value at which it has no effect."""
+        return {self.norm: self.identity} | ({self.bias: 0.0} if self.bias_leaves and self.bias else {})
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,8 @@ class FoldPlan:
         for fold in self.folds:
             into = ", ".join(_merge_numbers(f"{linear.name} (axis {linear.axis})" for linear in fold.linears))
             gain = "1 + w" if fold.offset else "w"
-            groups.setdefault((_pattern(fold.norm), gain, "folds into " + _pattern(into)), []).append(fold.norm)
+            beta = ", its bias into theirs" if fold.bias_leaves else ", its bias stays: beta / gain" * fold.bias_stays
+            groups.setdefault((_pattern(fold.norm), gain, "folds into " + _pattern(into) + beta), []).append(fold.norm)
         for name, kept in self.kept.items():
             at = [part for part in (kept.operator, kept.where and f"at {kept.where}") if part]
             why = f"kept: {kept.reason}" + (f" [{' '.join(at)}]" if at else "")
@@ -191,12 +210,14 @@ def _linear_to_dict(linear: Linear) -> dict[str, Any]:
     data: dict[str, Any] = {"name": linear.name, "axis": linear.axis}
     if linear.segments:
         data["segments"] = [list(segment) for segment in linear.segments]
+    if linear.bias is not None:
+        data["bias"] = linear.bias
     return data
 
 
 def _linear_from_dict(data: Mapping[str, Any]) -> Linear:
     segments = tuple((int(a), int(g), int(n)) for a, g, n in data.get("segments", ()))
-    return Linear(name=str(data["name"]), axis=int(data["axis"]), segments=segments)
+    return Linear(name=str(data["name"]), axis=int(data["axis"]), segments=segments, bias=data.get("bias"))
 
 
 def _pattern(name: str) -> str:

@@ -1,13 +1,15 @@
 """From a model, wherever it is, to its plan; and from a checkpoint to its plan in the names of its tensors."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from flashnorm.checkpoint.names import CheckpointPlan, StoredNames, checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.fold import PRECISION, gain_of, is_divisible
 from flashnorm.plan import FoldPlan, Kept
 from flashnorm.trace.models import load_config, meta_model
 from flashnorm.trace.planner import names_by_parameter, plan_of
@@ -44,7 +46,8 @@ def plan_checkpoint(
     """The plan of a checkpoint, in the model's names and in those of its tensors.
 
     The norm before the output head is kept if the checkpoint holds weights that the model's code does not read: what
-    reads them (a multi-token-prediction head, say) may read the output head as well, without that norm.
+    reads them (a multi-token-prediction head, say) may read the output head as well, without that norm. So is a norm
+    whose bias would have to be divided by zero, see `keep_indivisible`.
 
     Raises:
         InputError: as `plan`, or the way in which the parameters are stored cannot be seen.
@@ -52,9 +55,8 @@ def plan_checkpoint(
     config = load_config(checkpoint.folder, trust_remote_code)
     model = meta_model(config, untie, trust_remote_code)
     plan = plan_of(model)
-    unread = [
-        name for name in StoredNames(model, checkpoint.tensors).unread() if len(checkpoint.tensors[name].shape) > 1
-    ]
+    stored_names = StoredNames(model, checkpoint.tensors)
+    unread = [name for name in stored_names.unread() if len(checkpoint.tensors[name].shape) > 1]
     if unread:
         embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
         heads = {id(part.weight) for part in embeddings if isinstance(part, nn.Module)}
@@ -63,8 +65,42 @@ def plan_checkpoint(
         plan = plan.keep(
             {fold.norm: Kept(reason) for fold in plan.folds if any(linear.name in shared for linear in fold.linears)}
         )
+
+    def stored(parameter: str) -> Tensor | None:
+        views = stored_names.views(parameter)
+        return next((checkpoint.read_tensor(name) for name in views if name in checkpoint.tensors), None)
+
+    plan = keep_indivisible(plan, stored)
     tied: dict[str, str] = {}
     if untie:
         for name, aliases in names_by_parameter(meta_model(config, False, trust_remote_code)).items():
             tied |= {alias: name for alias in aliases if alias != name}
     return plan, checkpoint_plan(plan, model, checkpoint.tensors, tied)
+
+
+def keep_indivisible(plan: FoldPlan, value_of: Callable[[str], Tensor | None]) -> FoldPlan:
+    """The plan without the folds whose norm bias would stay as `beta / g`, where that cannot be.
+
+    Args:
+        plan: the plan, made without values.
+        value_of: the values of a parameter of a norm; None if it is absent (then nothing is left to divide).
+
+    Raises:
+        InputError: a norm has a dtype that cannot be computed with.
+    """
+    reasons: dict[str, Kept] = {}
+    for fold in plan.folds:
+        if fold.bias is None or fold.bias_leaves:
+            continue
+        weight, bias = value_of(fold.norm), value_of(fold.bias)
+        if weight is None or bias is None or not {weight.dtype, bias.dtype} <= PRECISION.keys():
+            continue
+        possible = is_divisible(bias.flatten(), gain_of(weight.flatten(), fold.offset))
+        if not possible.all():
+            at = int((~possible).nonzero()[0])
+            gain, beta = fold.offset + weight.flatten()[at].item(), bias.flatten()[at].item()
+            reasons[fold.norm] = Kept(
+                f"its bias has no linear's bias to go to, and cannot be divided by its gain: {beta:g} / {gain:g} in "
+                f"channel {at}"
+            )
+    return plan.keep(reasons)

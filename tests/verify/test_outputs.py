@@ -189,7 +189,7 @@ def test_infinite_numbers_are_json() -> None:
     from flashnorm.verify.findings import Finding
     from flashnorm.verify.weights import WeightsReport
 
-    weights = WeightsReport(0, 0, 0, 0, 0, 0.0, (Finding("tensor", "a[b]", "is missing"),), 1)
+    weights = WeightsReport(0, 0, 0, 0, 0, 0, 0.0, (Finding("tensor", "a[b]", "is missing"),), 1)
     text = VerifyReport("source", "[bold]out", weights, report).to_json()
     assert json.loads(text)["outputs"]["rounding_kl"] is None
 

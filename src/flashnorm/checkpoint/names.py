@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from flashnorm.errors import InputError
-from flashnorm.plan import Fold, FoldPlan, Linear, Segments
+from flashnorm.plan import FoldPlan, Linear, Segments
 from flashnorm.trace.planner import names_by_parameter, segments_of
 from flashnorm.trace.tracer import Tracer
 from flashnorm.trace.values import UNKNOWN, View, along, constant_along, constant_except
@@ -45,18 +45,50 @@ class TensorFold:
 
 
 @dataclass(frozen=True)
+class ShiftUse:
+    """A norm bias `beta` that goes into the bias of a linear.
+
+    Attributes:
+        bias: the norm bias's tensor name in the source checkpoint.
+        segments: which channel of the weight's axis takes which channel of `beta`, as in `GainUse`.
+    """
+
+    bias: str
+    segments: Segments = ()
+
+
+@dataclass(frozen=True)
+class BiasFold:
+    """What happens to the stored bias of a linear: `c + W beta`, for one norm bias or several.
+
+    Attributes:
+        weight: the tensor that holds `W`, of two axes; row `i` (column `i` for axis 0) belongs to element `i` of `c`.
+        axis: the axis of `weight` that is contracted with `beta`.
+        shifts: the norm biases.
+    """
+
+    weight: str
+    axis: int
+    shifts: tuple[ShiftUse, ...]
+
+
+@dataclass(frozen=True)
 class CheckpointPlan:
     """A fold plan in the names of a checkpoint's tensors. Whether they are there is for the reader of the files to say.
 
     Attributes:
         folds: tensor -> its fold. A tensor in `untied` is folded as well when it is named here.
-        norms: norm tensor -> its identity value (1.0, or 0.0 for offset gains): these leave the checkpoint.
+        biases: bias tensor of a linear -> the norm biases that it takes.
+        divided: bias tensor of a norm -> the gain that it is divided by, since that leaves and the bias stays.
+        norms: norm tensor -> its identity value (1.0; 0.0 for offset gains and biases): these leave the checkpoint.
         untied: new tensor -> the source tensor whose values it copies (`lm_head.weight` -> the embedding).
         parameters: norm tensor -> the module parameter that it is loaded into.
         shapes: tensor, of those above -> the shape that the model expects.
     """
 
     folds: dict[str, TensorFold] = field(default_factory=dict)
+    biases: dict[str, BiasFold] = field(default_factory=dict)
+    divided: dict[str, GainUse] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
@@ -93,6 +125,17 @@ class StoredNames:
         views = self._views[next(name for name, aliases in self._aliases.items() if parameter in aliases)]
         return {name: view for name, view in views.items() if name in self._present} or views
 
+    def tensor(self, parameter: str) -> str:
+        """The one tensor that holds a parameter.
+
+        Raises:
+            InputError: there are several, or none.
+        """
+        views = self.views(parameter)
+        if len(views) != 1:
+            raise InputError(f"expected {parameter} to be stored as one tensor, found {sorted(views) or 'none'}")
+        return next(iter(views))
+
     def unread(self) -> list[str]:
         """The checkpoint's tensors that the model's code does not know (a multi-token-prediction head, say)."""
         return sorted(set(self._present) - self._known)
@@ -115,12 +158,20 @@ def checkpoint_plan(
     names = StoredNames(model, tensors)
     axes: dict[str, int] = {}
     gains: dict[str, list[GainUse]] = defaultdict(list)
+    shifts: dict[str, list[ShiftUse]] = defaultdict(list)
+    weights: dict[str, str] = {}
     result = CheckpointPlan()
     for fold in plan.folds:
-        norm, norm_view = _norm_tensor(names, fold)
-        result.norms[norm] = fold.identity
-        result.shapes[norm] = norm_view.stored_shape
-        result.parameters[norm] = fold.norm
+        norm = names.tensor(fold.norm)
+        for parameter, identity in fold.leaving.items():
+            tensor = names.tensor(parameter)
+            result.norms[tensor] = identity
+            result.parameters[tensor] = parameter
+        for parameter in (fold.norm, *([fold.bias] if fold.bias else [])):
+            tensor, view = next(iter(names.views(parameter).items()))
+            result.shapes[tensor] = view.stored_shape
+        if fold.bias and fold.bias_stays:
+            result.divided[names.tensor(fold.bias)] = GainUse(norm, fold.offset)
         size = model.get_parameter(fold.norm).numel()
         for linear in fold.linears:
             views = names.views(linear.name)
@@ -135,18 +186,34 @@ def checkpoint_plan(
                     raise InputError(
                         f"expected all gains of {tensor} on axis {axes[tensor]}, found axis {axis} as well"
                     )
-                gains[tensor].append(GainUse(norm, fold.offset, segments_of(channels, size)))
+                segments = segments_of(channels, size)
+                gains[tensor].append(GainUse(norm, fold.offset, segments))
                 if tied and tensor not in tensors and linear.name in tied:
                     result.untied[tensor] = next(iter(names.views(tied[linear.name])))
+                if linear.bias is not None and fold.bias is not None:
+                    for bias, bias_view in _biases_beside(names, linear, tensor, view).items():
+                        if weights.setdefault(bias, tensor) == tensor:  # else W is stored twice
+                            result.shapes[bias] = bias_view.stored_shape
+                            shifts[bias].append(ShiftUse(names.tensor(fold.bias), segments))
     result.folds.update({tensor: TensorFold(axes[tensor], tuple(uses)) for tensor, uses in gains.items()})
+    for bias, uses in shifts.items():
+        result.biases[bias] = BiasFold(weights[bias], axes[weights[bias]], tuple(uses))
     return result
 
 
-def _norm_tensor(names: StoredNames, fold: Fold) -> tuple[str, View]:
-    views = names.views(fold.norm)
-    if len(views) != 1:
-        raise InputError(f"expected {fold.norm} to be stored as one tensor, found {sorted(views) or 'none'}")
-    return next(iter(views.items()))
+def _biases_beside(names: StoredNames, linear: Linear, tensor: str, weight: View) -> dict[str, View]:
+    """The stored biases whose elements belong, one by one, to the outputs of a stored part of a linear's weight."""
+    assert linear.bias is not None
+    index = weight.coordinates[1 - linear.axis]
+    outputs = [along(index, dim) for dim in range(index.dim()) if constant_except(index, dim)]
+    views = names.views(linear.bias)
+    found = {name: view for name, view in views.items() if any(torch.equal(o, view.coordinates[0]) for o in outputs)}
+    if not found:
+        raise InputError(
+            f"expected the bias {linear.bias} to be stored as the weight {linear.name} is, in {tensor}, found it "
+            f"in {sorted(views) or 'none'}"
+        )
+    return found
 
 
 def _channels_along(linear: Linear, gain_size: int, tensor: str, view: View) -> tuple[int, Tensor]:

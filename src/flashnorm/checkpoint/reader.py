@@ -9,6 +9,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,33 @@ class Checkpoint:
         """
         info = self.tensors[name]
         return _as_tensor(self.read_bytes(name), self._torch_dtype(name), info.shape)
+
+    def read_outputs(self, name: str, axis: int, limit: int) -> Iterator[Tensor]:
+        """A weight of two axes, block by block: all of `axis`, some of the other.
+
+        Args:
+            name: the tensor.
+            axis: the input channels'.
+            limit: bytes of a block, at most, if one output channel is not more.
+
+        Yields:
+            `[outputs, inputs]`, in its stored dtype.
+
+        Raises:
+            InputError: PyTorch has no such dtype, or the file cannot be read.
+        """
+        info, dtype = self.tensors[name], self._torch_dtype(name)
+        inputs, outputs, size = info.shape[axis], info.shape[1 - axis], dtype.itemsize
+        step = max(1, limit // max(1, inputs * size))
+        for first in range(0, outputs, step):
+            count = min(step, outputs - first)
+            if axis == 1:
+                data = self._read(info.file, info.start + first * inputs * size, count * inputs * size)
+                yield _as_tensor(data, dtype, (count, inputs))
+            else:
+                starts = range(info.start + first * size, info.end, outputs * size)
+                rows = [self._read(info.file, start, count * size) for start in starts]
+                yield _as_tensor(bytearray(b"".join(rows)), dtype, (inputs, count)).T
 
     def check_unchanged(self) -> None:
         """Raise `InputError` if one of the files was replaced or written to since it was opened."""

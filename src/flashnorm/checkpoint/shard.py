@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,12 +69,18 @@ def output_header(header: Header, names: CheckpointPlan, *, keep_norms: bool) ->
 
 
 def shard_pieces(
-    header: Header, names: CheckpointPlan, norms: Mapping[str, Tensor], *, keep_norms: bool
+    header: Header,
+    names: CheckpointPlan,
+    norms: Mapping[str, Tensor],
+    bias: Callable[[str], Tensor],
+    *,
+    keep_norms: bool,
 ) -> Iterator[Piece]:
     """What becomes of each byte of a source shard, in order of the output's bytes.
 
     Args:
         norms: the stored weight of every norm that folds, `[n]`.
+        bias: computes the new value of a bias in `names.biases` or `names.divided`.
     """
     yield from _runs(0, header.data_start)
     for name, info in header.tensors.items():
@@ -82,6 +88,8 @@ def shard_pieces(
             yield from _runs(info.start, info.end)
         elif name in names.norms:
             yield from _runs(info.start, info.end, _fill(TORCH_DTYPES[info.dtype], names.norms[name]))
+        elif name in names.biases or name in names.divided:
+            yield from _replaced(info, bias(name))
         else:
             yield from _tensor_pieces(info, names.folds.get(name), norms)
         for new, source in names.untied.items():
@@ -224,6 +232,13 @@ def _tensor_pieces(
 def _runs(start: int, end: int, transform: Transform | None = None, *, again: bool = False) -> Iterator[Piece]:
     for first in range(start, end, PIECE_BYTES):
         yield Piece(first, min(first + PIECE_BYTES, end), transform, again)
+
+
+def _replaced(info: TensorInfo, value: Tensor) -> Iterator[Piece]:
+    data = value.contiguous().flatten().view(torch.uint8)
+    for piece in _runs(info.start, info.end):
+        part = data[piece.start - info.start : piece.end - info.start]
+        yield replace(piece, transform=lambda source, output, part=part: output.copy_(part))
 
 
 def _copy(source: Tensor, output: Tensor) -> None:

@@ -5,15 +5,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flashnorm.checkpoint.names import GainUse, checkpoint_plan
+from flashnorm.checkpoint.biases import add_products, axis_shift
+from flashnorm.checkpoint.names import GainUse, ShiftUse, checkpoint_plan
 from flashnorm.checkpoint.shard import axis_gain
 from flashnorm.checkpoint.state import CONFIG_VERSION
 from flashnorm.errors import InputError
-from flashnorm.fold import PRECISION, Gain, fold_weight
+from flashnorm.fold import PRECISION, Gain, divide_bias, fold_weight, gain_of
 from flashnorm.plan import FoldPlan
+from flashnorm.planning import keep_indivisible
 from flashnorm.runtime.weightless import make_weightless, needs_readable_weights
 from flashnorm.trace.planner import plan_of
 
@@ -35,16 +37,19 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> nn
         InputError: the model cannot be traced, has no norm to fold, or has weights that cannot be folded exactly.
             It is then unchanged.
     """
-    plan = plan_of(model, example_inputs)
+    plan = keep_indivisible(plan_of(model, example_inputs), lambda name: _value(model, name).cpu())
     if not plan.folds:
         raise InputError(f"expected a model with norms to fold, found none ({plan.summary()})")
     gains = _gains(model, plan)
-    norms = {fold.norm: fold.identity for fold in plan.folds}
+    biases = _biases(model, plan)
+    norms = {name: identity for fold in plan.folds for name, identity in fold.leaving.items()}
     readable = needs_readable_weights(model, norms, example_inputs)
     with torch.no_grad():
         for name, (axis, gain) in gains.items():
             weight = model.get_parameter(name)
             weight.copy_(fold_weight(weight.detach().cpu(), gain, axis))
+        for name, value in biases.items():
+            model.get_parameter(name).copy_(value)
     if isinstance(model, PreTrainedModel):
         mark_config(model.config, checkpoint_plan(plan, model, ()).norms)
     make_weightless(model, norms, readable)
@@ -65,15 +70,41 @@ def _gains(model: nn.Module, plan: FoldPlan) -> dict[str, tuple[int, Gain]]:
             uses[linear.name, linear.axis].append(GainUse(fold.norm, fold.offset, linear.segments))
     gains: dict[str, tuple[int, Gain]] = {}
     for (name, axis), parts in uses.items():
-        weight = model.get_parameter(name)
-        norms = {part.norm: model.get_parameter(part.norm).detach() for part in parts}
-        for parameter, tensor in ((name, weight), *norms.items()):
-            if tensor.dtype not in PRECISION or tensor.is_meta:
-                found = "no values (it is on the meta device)" if tensor.is_meta else str(tensor.dtype)
-                raise InputError(f"expected {parameter} in memory in a floating dtype, found {found}")
+        weight = _value(model, name)
+        norms = {part.norm: _value(model, part.norm).cpu() for part in parts}
         try:
-            on_cpu = {norm: tensor.cpu() for norm, tensor in norms.items()}
-            gains[name] = axis, axis_gain(weight.shape[axis], tuple(parts), on_cpu)
+            gains[name] = axis, axis_gain(weight.shape[axis], tuple(parts), norms)
         except ValueError as error:
             raise InputError(f"{name} cannot be folded: {error}") from error
     return gains
+
+
+def _biases(model: nn.Module, plan: FoldPlan) -> dict[str, Tensor]:
+    """Every bias that the plan changes -> its new value, on the CPU."""
+    changed: dict[str, Tensor] = {}
+    for fold in plan.folds:
+        if fold.bias is None:
+            continue
+        beta = _value(model, fold.bias).cpu()
+        if fold.bias_stays:
+            gain = gain_of(_value(model, fold.norm).cpu().flatten(), fold.offset)
+            changed[fold.bias] = divide_bias(beta.flatten(), gain).view_as(beta)
+    takers: dict[tuple[str, str, int], list[ShiftUse]] = defaultdict(list)
+    for fold in plan.folds:
+        if fold.bias_leaves and fold.bias is not None:
+            for linear in fold.linears:
+                takers[linear.bias or "", linear.name, linear.axis].append(ShiftUse(fold.bias, linear.segments))
+    for (name, linear, axis), shifts in takers.items():
+        weight = _value(model, linear).cpu().movedim(axis, 1)
+        betas = [axis_shift(weight.shape[1], shift, _value(model, shift.bias).cpu().flatten()) for shift in shifts]
+        changed[name] = add_products(_value(model, name).cpu(), [weight], betas)
+    return changed
+
+
+def _value(model: nn.Module, name: str) -> Tensor:
+    """A parameter's values. Raises `InputError` if there are none, or none to compute with."""
+    tensor = model.get_parameter(name).detach()
+    if tensor.dtype not in PRECISION or tensor.is_meta:
+        found = "no values (it is on the meta device)" if tensor.is_meta else str(tensor.dtype)
+        raise InputError(f"expected {name} in memory in a floating dtype, found {found}")
+    return tensor

@@ -2,12 +2,14 @@
 
 * What a norm module computes is measured, not read off its name: with its weight at the identity value, on numbers
   small enough for eps to show.
-* A module that accepts `weight = None` keeps its class. One that is a plain RMSNorm becomes `WeightlessNorm`. Anything
-  else (a gated norm, a group norm) keeps its code, with a constant in the place of the parameter.
+* A module that accepts `weight = None` keeps its class, as LayerNorm does, with its bias or not. One that is a plain
+  RMSNorm becomes `WeightlessNorm`. Anything else (a gated norm, a group norm) keeps its code, with a constant in the
+  place of the parameter.
 """
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,29 +51,33 @@ def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool
 
     Args:
         model: any module, on any device; the norms' gains must be folded, or about to be loaded folded.
-        norms: parameter name -> its identity value (1.0, or 0.0 for offset gains).
+        norms: parameter name -> its identity value (1.0; 0.0 for offset gains and for biases).
         readable: leave a constant under each weight's name, for code that reads its dtype from outside of the norm.
 
     Returns:
         The names that are now constant buffers (not saved with the model) -> their value.
     """
     constants: dict[str, float] = {}
+    leaving: dict[str, dict[str, float]] = defaultdict(dict)
     for name, identity in norms.items():
         owner_name, _, attribute = name.rpartition(".")
+        leaving[owner_name][attribute] = identity
+    for owner_name, identities in leaving.items():
         owner = model.get_submodule(owner_name)
-        replacement = _without_weight(owner, attribute, identity)
-        weight = owner.get_parameter(attribute)
+        replacement = _without_weights(owner, identities)
+        weights = {attribute: owner.get_parameter(attribute) for attribute in identities}
         if isinstance(replacement, WeightlessNorm):
             parent_name, _, child = owner_name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, replacement.train(owner.training))
             owner = replacement
-        delattr(owner, attribute)
-        if replacement is None or readable:
-            constant = torch.full_like(weight, identity, requires_grad=False)
-            owner.register_buffer(attribute, constant, persistent=False)
-            constants[name] = identity
-        else:
-            owner.register_parameter(attribute, None)
+        for attribute, weight in weights.items():
+            delattr(owner, attribute)
+            if replacement is None or readable:
+                constant = torch.full_like(weight, identities[attribute], requires_grad=False)
+                owner.register_buffer(attribute, constant, persistent=False)
+                constants[f"{owner_name}.{attribute}"] = identities[attribute]
+            else:
+                owner.register_parameter(attribute, None)
     return constants
 
 
@@ -102,33 +108,46 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
 
 
-def _without_weight(module: nn.Module, attribute: str, identity: float) -> nn.Module | None:
-    """The module itself if it computes the same with its weight None, a `WeightlessNorm` if that does, else None."""
-    weight = module.get_parameter(attribute)
-    others = [*module.parameters(), *module.buffers(), *module.children()]
+def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Module | None:
+    """The module itself if it computes the same with these None, a `WeightlessNorm` if that does, else None."""
+    parameters = dict(module.named_parameters(recurse=False))
     # One that can be given more than a tensor (a gate, say) may do more with its weight than what is measured here.
-    if weight.dim() != 1 or len(others) != 1 or len(inspect.signature(module.forward).parameters) != 1:
+    if [*module.buffers(), *module.children()] or len(inspect.signature(module.forward).parameters) != 1:
         return None
-    ones = torch.full((weight.numel(),), identity, device="cpu")
+    if any(parameters[attribute].dim() != 1 for attribute in leaving):
+        return None
+    channels = parameters[next(iter(leaving))].numel()
+    generator = torch.Generator("cpu").manual_seed(1)
+    values = {name: torch.rand(p.shape, generator=generator, device="cpu") for name, p in parameters.items()}
+    values |= {name: torch.full((parameters[name].numel(),), one, device="cpu") for name, one in leaving.items()}
     try:
-        expected = _outputs(lambda dtype: _with_weight(module, attribute, ones.to(dtype)), weight.numel())
+        expected = _outputs(lambda dtype: _with_parameters(module, values, dtype), channels)
     except Exception:  # it does not take one tensor: no norm that we know
         return None
-    epsilons = sorted({value for value in vars(module).values() if isinstance(value, float)})
-    for candidate in [_with_weight(module, attribute, None), *map(WeightlessNorm, epsilons)]:
+    candidates: list[Callable[[torch.dtype], nn.Module]] = [
+        lambda dtype: _with_parameters(module, values | dict.fromkeys(leaving), dtype)
+    ]
+    if len(parameters) == 1:
+        epsilons = sorted({value for value in vars(module).values() if isinstance(value, float)})
+        candidates += [lambda dtype, eps=eps: WeightlessNorm(eps) for eps in epsilons]
+    for candidate in candidates:
         try:
-            found = _outputs(lambda dtype, candidate=candidate: candidate, weight.numel())
+            found = _outputs(candidate, channels)
         except Exception:  # it insists on a weight
             continue
         if all(_same(a, b) for a, b in zip(found, expected, strict=True)):
-            return candidate if isinstance(candidate, WeightlessNorm) else module
+            norm = candidate(torch.float32)
+            return norm if isinstance(norm, WeightlessNorm) else module
     return None
 
 
-def _with_weight(module: nn.Module, attribute: str, weight: Tensor | None) -> nn.Module:
-    """A copy of a module that has no other parameters, with this weight."""
+def _with_parameters(module: nn.Module, values: Mapping[str, Tensor | None], dtype: torch.dtype) -> nn.Module:
+    """A copy of a module with these parameters, some of them None."""
     probe = copy.copy(module)
-    probe._parameters = {attribute: None if weight is None else nn.Parameter(weight, requires_grad=False)}
+    probe._parameters = {
+        name: None if value is None else nn.Parameter(value.to(dtype), requires_grad=False)
+        for name, value in values.items()
+    }
     return probe
 
 

@@ -7,6 +7,7 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,9 +119,13 @@ def _solve(tracer: Tracer, model: nn.Module, model_type: str) -> FoldPlan:
             reason = Kept(NOTHING_READS_IT)
         if reason is None:
             reason = _unread(tracer, norm, parameters)
-        if reason is None:
-            folds.append(Fold(norm=norm, offset=next(iter(gain.offsets)), linears=tuple(linears)))
-        else:
+        bias = _norm_bias(tracer, norm)
+        if reason is None and isinstance(bias, Kept):
+            reason = bias
+        if reason is None and not isinstance(bias, Kept):
+            takers = _with_biases(tracer, norm, bias, linears) if bias else linears
+            folds.append(Fold(norm, next(iter(gain.offsets)), tuple(takers), bias))
+        elif reason is not None:
             kept[norm] = reason
     return FoldPlan(model_type=model_type, folds=tuple(folds), kept=kept)
 
@@ -162,6 +167,41 @@ def _consistent(
     if name in tracer.gains:
         return Kept(f"{name} would take it, but it also multiplies an activation channel by channel")
     return Linear(name, axis, segments_of(channels, parameters[norm].numel()))
+
+
+def _norm_bias(tracer: Tracer, norm: str) -> str | Kept | None:
+    """The norm's own bias, if it has one; a reason if that bias is not its alone."""
+    biases = tracer.gains[norm].biases
+    if not biases:
+        return None
+    if len(biases) > 1:
+        return Kept(f"{UNKNOWN_OPERATOR}: it goes with several biases, {', '.join(sorted(biases))}")
+    bias = next(iter(biases))
+    others = [use.at for use in tracer.uses[bias] if use.adds_to != norm]
+    if others or bias in tracer.gains:
+        at = others[0] if others else Kept("")
+        return Kept(f"{UNKNOWN_OPERATOR}: its bias {bias} has another use", at.operator, at.where)
+    return bias
+
+
+def _with_biases(tracer: Tracer, norm: str, bias: str, linears: Sequence[Linear]) -> list[Linear]:
+    """The linears with the biases that take the norm's bias, if every one has such a bias; else as they are.
+
+    `c + W beta` is one tensor: it must be right in every use of `c`.
+    """
+    takers: list[Linear] = []
+    for linear in linears:
+        uses = tracer.uses[linear.name]
+        own = uses[0].bias
+        always = all(
+            use.bias == own and bias in use.shifts and torch.equal(use.shifts[bias], use.channels[norm]) for use in uses
+        )
+        if own is None or not always or own in tracer.gains:
+            return list(linears)
+        if any(use.adds_to != linear.name for use in tracer.uses[own]):
+            return list(linears)
+        takers.append(replace(linear, bias=own))
+    return takers
 
 
 def _other_use(name: str, use: Kept, aliases: Sequence[str]) -> Kept:

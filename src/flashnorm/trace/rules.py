@@ -6,7 +6,7 @@
 * `NON_LINEAR` operators are known to be impossible, and say so; all others are merely unknown.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,8 @@ class Call:
             if rule is not None:
                 values = rule(self)
                 values = [values] if isinstance(values, Value) else list(values)
+                if packet not in _SHIFTED:
+                    values = [replace(value, shifts={}) for value in values]
                 return values + [PLAIN] * (len(results) - len(values))
         except UnknownError:
             pass
@@ -138,12 +140,14 @@ def _moved(value: Value, move: Callable[[Tensor], Tensor]) -> Value:
 def _moved_apart(value: Value, move: Callable[[Tensor], list[Tensor]], count: int = 1) -> list[Value]:
     """The values of the `count` results of an operator that `move` is on index tensors."""
     gains = {gain: move(index) for gain, index in value.gains.items()}
+    shifts = {bias: move(index) for bias, index in value.shifts.items()}
     coordinates = [move(index) for index in value.view.coordinates] if value.view else []
     return [
         replace(
             value,
             view=value.view and replace(value.view, coordinates=tuple(moved[i] for moved in coordinates)),
             gains={gain: moved[i] for gain, moved in gains.items() if carries(moved[i])},
+            shifts={bias: moved[i] for bias, moved in shifts.items()},
         )
         for i in range(count)
     ]
@@ -325,6 +329,11 @@ def _add(call: Call) -> Value:
                 call.escape(gain, _WITHOUT)
             return Value(statistic=value.statistic)
         return value
+    for value, view in ((a, b.view), (b, a.view)):
+        if view and value.gains and call.func.overloadpacket is aten.add and call.kwargs.get("alpha", 1) == 1:
+            gains = _broadcast(call, dict(value.gains))
+            if shifts := _shift(call, gains, view):
+                return Value(gains=gains, shifts=shifts)
     call.use(a, b)
     gains = {}
     for gain in {**a.gains, **b.gains}:
@@ -379,41 +388,69 @@ def _cumulate(call: Call) -> Value:
 # --- operators with a norm inside
 
 
+def _shift(call: Call, gains: dict[str, Tensor], bias: View) -> dict[str, Tensor]:
+    """The addition of a norm's bias to what carries the norm's gain, or nothing if that is not what it is.
+
+    The sum still carries the gain, as `g * x + beta = g * (x + beta / g)`.
+    """
+    if len(gains) != 1 or bias.offset or any((coordinate == UNKNOWN).any() for coordinate in bias.coordinates):
+        return {}
+    gain, index = next(iter(gains.items()))
+    shift = bias.channels().broadcast_to(call.out.shape)
+    if not call.tracer.gains[gain].is_norm or not torch.equal(shift, index):
+        return {}
+    call.tracer.gains[gain].biases.add(bias.name)
+    call.tracer.note_addition(bias.name, gain, call)
+    return {bias.name: shift}
+
+
 def _norm_with_weight(call: Call) -> list[Value]:
     """`layer_norm` and `rms_norm` as one operator: input, normalised shape, weight, and for LayerNorm a bias."""
     _non_linear(call, call.args[:1])
     weight = call.value(call.argument(2, "weight"))
-    bias = call.argument(3, "bias") if call.func.overloadpacket is aten.native_layer_norm else None
+    is_layer_norm = call.func.overloadpacket is aten.native_layer_norm
+    bias = call.value(call.argument(3, "bias")) if is_layer_norm else PLAIN
     if weight.view is None:
+        call.use(weight, bias)
         return [Value(normalised=True)]
-    out = call.out[0] if isinstance(call.out, tuple) else call.out
+    results = call.out if isinstance(call.out, tuple) else (call.out,)
     gain = weight.view.name
     record = call.tracer.gains[gain]
     record.offsets.add(weight.view.offset)
     record.is_norm = True
-    if bias is not None:
-        call.use(call.value(bias))
-        call.escape(gain, f"{UNKNOWN_OPERATOR}: the norm adds a bias, which is not folded")
-        return [Value(normalised=True)]
-    return [Value(gains={gain: weight.view.channels().broadcast_to(out.shape)}, normalised=True)]
+    gains = {gain: weight.view.channels().broadcast_to(results[0].shape)}
+    shifts: dict[str, Tensor] = {}
+    if bias.view is not None:
+        shifts = _shift(replace(call, out=results[0]), gains, bias.view)
+        if not shifts:
+            call.use(bias)
+            call.escape(gain, f"{UNKNOWN_OPERATOR}: its bias and its gain do not go with the same channels")
+            return [Value(normalised=True)]
+    return [Value(gains=gains, shifts=shifts, normalised=True)]
 
 
 # --- contractions
 
 
-def _matmul(call: Call, a: Tensor, b: Tensor) -> Value:
-    """`a @ b` for `[M, K] @ [K, N]`, and the same with a batch dimension in front of all."""
+def _matmul(call: Call, a: Tensor, b: Tensor, bias: str | None = None) -> Value:
+    """`a @ b` for `[M, K] @ [K, N]`, and the same with a batch dimension in front of all; `bias` will be added."""
     left, right = call.value(a), call.value(b)
     if left.view and right.view:
         raise UnknownError
     shape = call.out.shape
-    carried = _contract(call, left, a.dim() - 1, right, b.dim() - 2, lambda index: index.expand(shape))
+    carried = _contract(call, left, a.dim() - 1, right, b.dim() - 2, lambda index: index.expand(shape), bias)
     carried |= _contract(call, right, b.dim() - 2, left, a.dim() - 1, lambda index: index.expand(shape))
     return Value(gains=carried)
 
 
 def _contract(
-    call: Call, moving: Value, dim: int, other: Value, other_dim: int, expand: Callable[[Tensor], Tensor]
+    call: Call,
+    moving: Value,
+    dim: int,
+    other: Value,
+    other_dim: int,
+    expand: Callable[[Tensor], Tensor],
+    bias: str | None = None,
 ) -> dict[str, Tensor]:
     """The gains of one side of a contraction over its `dim`: returned if they come out, else folded or stopped."""
     carried, folding = {}, {}
@@ -427,14 +464,28 @@ def _contract(
         else:
             call.escape(gain, UNKNOWN_OPERATOR if other.unknown else _MIXES)
     if other.view and folding:
-        _fold_site(call, other.view, other_dim, folding)
+        shifts = {name: along(index, dim) for name, index in moving.shifts.items() if constant_except(index, dim)}
+        _fold_site(call, other.view, other_dim, folding, shifts, bias)
     else:
         call.use(other, reason=_NO_GAIN)
     return carried
 
 
-def _fold_site(call: Call, view: View, dim: int, gains: dict[str, Tensor]) -> None:
-    """A weight contracted over `dim` with gains: `gains[name]` is `[K]`, the gain's channel for each position."""
+def _fold_site(
+    call: Call,
+    view: View,
+    dim: int,
+    gains: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor] | None = None,
+    bias: str | None = None,
+) -> None:
+    """A weight contracted over `dim` with an activation.
+
+    Args:
+        gains, shifts: the gains that the activation carries and the norm biases in it; `[K]`, the channel for each
+            position of the contraction.
+        bias: the parameter that is added to the product.
+    """
     from flashnorm.trace.tracer import Use
 
     varying = [axis for axis, index in enumerate(view.coordinates) if not constant_along(index, dim)]
@@ -442,19 +493,28 @@ def _fold_site(call: Call, view: View, dim: int, gains: dict[str, Tensor]) -> No
         raise UnknownError  # the contraction runs over more, or less, than one axis of the parameter
     axis = varying[0]
     positions = along(view.coordinates[axis], dim)
-    size = view.shape[axis]
-    touched = torch.zeros(size, dtype=torch.bool)
-    channels = {}
     if (positions == UNKNOWN).any():
         raise UnknownError
+    size = view.shape[axis]
+    touched = torch.zeros(size, dtype=torch.bool)
     touched[positions] = True
-    for gain, index in gains.items():
-        channels[gain] = torch.full((size,), UNKNOWN)
-        channels[gain][positions] = index
-        if not torch.equal(channels[gain][positions], index):
+
+    def by_position(index: Tensor) -> Tensor:
+        channels = torch.full((size,), UNKNOWN)
+        channels[positions] = index
+        if not torch.equal(channels[positions], index):
             raise UnknownError  # one weight element meets two channels of the gain
-    at = call.tracer.here("", call.operator)
-    call.tracer.uses[view.name].append(Use(at=at, axis=axis, channels=channels, touched=touched))
+        return channels
+
+    use = Use(
+        at=call.tracer.here("", call.operator),
+        axis=axis,
+        channels={gain: by_position(index) for gain, index in gains.items()},
+        shifts={name: by_position(index) for name, index in (shifts or {}).items()},
+        touched=touched,
+        bias=bias,
+    )
+    call.tracer.uses[view.name].append(use)
 
 
 def _mm(call: Call) -> Value:
@@ -463,12 +523,30 @@ def _mm(call: Call) -> Value:
 
 def _addmm(call: Call) -> Value:
     """`bias + a @ b`."""
-    value = _matmul(call, call.args[1], call.args[2])
-    bias = call.value(call.args[0])
-    call.use(bias)
+    bias, weight = call.value(call.args[0]), call.value(call.args[2])
+    added_to = weight.view and bias.view and _is_bias_of(call, bias.view, weight.view) and weight.view.name
+    if added_to and bias.view:
+        call.tracer.note_addition(bias.view.name, added_to, call)
+    else:
+        call.use(bias)
+    value = _matmul(call, call.args[1], call.args[2], bias.view.name if added_to and bias.view else None)
     for gain in {**value.gains, **bias.gains}:
         call.escape(gain, _WITHOUT)
     return PLAIN
+
+
+def _is_bias_of(call: Call, bias: View, weight: View) -> bool:
+    """Whether `bias + a @ weight` adds element `i` of one parameter to what row (or column) `i` of the other makes."""
+    if bias.offset or len(bias.shape) != 1 or len(weight.shape) != 2 or len(weight.stored_shape) != 2 or call.kwargs:
+        return False
+    added = bias.coordinates[0].broadcast_to(call.out.shape)
+    outputs = [index for index in weight.coordinates if constant_except(index, 1)]
+    return (
+        constant_except(added, 1)
+        and len(outputs) == 1
+        and torch.equal(along(outputs[0], 1), along(added, 1))
+        and not (along(added, 1) == UNKNOWN).any()
+    )
 
 
 def _convolution(call: Call) -> Value:
@@ -532,6 +610,9 @@ _MOVES = _COPIES + _aten(
     "expand permute transpose t squeeze unsqueeze slice select split split_with_sizes unbind chunk narrow unfold "
     "diagonal movedim"
 )
+
+# What a norm's bias survives: results that are moved and not computed with, and those to which it is added.
+_SHIFTED = {*_SAME, *_VIEWS, *_MOVES, aten.add, aten.native_layer_norm} - {aten.neg}
 
 # What is impossible whatever the gain's values; `relu` and `abs` are not here, since positive gains pass them.
 _NON_LINEAR_OPERATORS = _STATISTICS + _aten(

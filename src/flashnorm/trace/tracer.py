@@ -36,13 +36,19 @@ class Use:
         at: operator and place.
         axis: the axis contracted with an activation that carries gains; None for any other use.
         channels: gain -> `[axis size]`, the gain's channel for every index of the axis (-1: none).
+        shifts: norm bias -> the same, for the biases that were added to that activation.
         touched: `[axis size]`, the indices of the axis that this use reads.
+        bias: the parameter that is added to the product, output channel by output channel.
+        adds_to: what this parameter is added to: as a norm's bias, the norm's gain; as a linear's, the linear's weight.
     """
 
     at: Kept
     axis: int | None = None
     channels: Mapping[str, Tensor] = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
     touched: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    bias: str | None = None
+    adds_to: str | None = None
 
 
 @dataclass
@@ -51,12 +57,14 @@ class Gain:
 
     Attributes:
         offsets: the constants that were added to it (one, unless the code does different things in different places).
+        biases: the parameters that were added to the product, channel by channel (LayerNorm, DyT).
         is_norm: the activation was normalised; other gains (a layer scale, say) are none of our business.
         escapes: what stops it from folding, in the order in which it was met.
         received_by: the modules that were called with an activation that carries it.
     """
 
     offsets: set[float] = field(default_factory=set)
+    biases: set[str] = field(default_factory=set)
     is_norm: bool = False
     escapes: list[Kept] = field(default_factory=list)
     received_by: set[str] = field(default_factory=set)
@@ -146,6 +154,10 @@ class Tracer(TorchDispatchMode):
                 self.escape(gain, reason, operator)
             if value.view:
                 self.uses[value.view.name].append(Use(at=self.here(reason, operator)))
+
+    def note_addition(self, parameter: str, to: str, call: rules.Call) -> None:
+        """Note the use of a parameter as the bias of a gain, or of a linear."""
+        self.uses[parameter].append(Use(at=self.here("it is added as a bias", call.operator), adds_to=to))
 
     def here(self, reason: str, operator: str | None) -> Kept:
         """A reason, with the module that is running and the innermost line of model code."""

@@ -2,6 +2,7 @@
 
 * A tensor *carries* gain `g` if it equals its value in the folded model times `g[index]`, where `index` is a tensor
   of its own shape: the channel of the gain at every element, or -1 where there is none.
+* It is *shifted* by a norm's bias if it is the sum of what it would be without that bias and `bias[index]`.
 * A tensor that is nothing but a parameter's elements moved about is a *view*; one index tensor per axis of the
   parameter says where every element comes from.
 * So an operator that only moves data needs no rule of its own: it is run on the index tensors. They are expanded
@@ -65,6 +66,7 @@ class Value:
     Attributes:
         view: the parameter that it is a view of, if it is.
         gains: gain parameter -> channel index of every element (see the module's notes).
+        shifts: norm bias -> the same; only as long as the tensor is moved and nothing else.
         normalised: it has been divided by a root mean square or a norm, or is the tanh of a DyT.
         statistic: it is such a divisor (or its reciprocal).
         unknown: an operator without a rule made it of something tracked, so nothing can be said of what it holds.
@@ -72,6 +74,7 @@ class Value:
 
     view: View | None = None
     gains: Mapping[str, Tensor] = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
     normalised: bool = False
     statistic: bool = False
     unknown: bool = False

@@ -73,8 +73,9 @@ def render(report: VerifyReport, console: Console) -> None:
 def _weights(report: WeightsReport) -> RenderableType:
     rate = report.nbytes / max(report.seconds, 1e-9) / 1e9
     text = (
-        f"weights: {report.folded} tensors are the correctly rounded product, {report.unchanged} are unchanged, "
-        f"{report.norms} norms left, {report.files} files have their hash "
+        f"weights: {report.folded} tensors are the correctly rounded product, "
+        + (f"{report.biases} biases the rounded sum or quotient, " if report.biases else "")
+        + f"{report.unchanged} are unchanged, {report.norms} norm tensors left, {report.files} files have their hash "
         f"({report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s, {rate:.2f} GB/s)"
     )
     parts: list[RenderableType] = [_line(report.ok, text)]

@@ -18,6 +18,7 @@ import numpy as np
 from flashnorm.checkpoint.names import CheckpointPlan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.plan import FoldPlan
+from flashnorm.verify.biases import check_biases
 from flashnorm.verify.files import check_files
 from flashnorm.verify.findings import Finding, Findings
 from flashnorm.verify.products import FORMATS, decode
@@ -32,6 +33,7 @@ class WeightsReport:
 
     Attributes:
         folded: tensors that are the correctly rounded product of the source's and their gains.
+        biases: biases that are the correctly rounded sum, or quotient.
         unchanged: tensors that are the source's bytes.
         norms: norm weights that left the checkpoint, or that are kept at their identity value.
         files: files whose hash is right.
@@ -42,6 +44,7 @@ class WeightsReport:
     """
 
     folded: int
+    biases: int
     unchanged: int
     norms: int
     files: int
@@ -60,6 +63,7 @@ class WeightsReport:
         return {
             "ok": self.ok,
             "folded": self.folded,
+            "biases": self.biases,
             "unchanged": self.unchanged,
             "norms": self.norms,
             "files": self.files,
@@ -102,9 +106,11 @@ def verify_weights(
         findings.add(finding)
 
     hashes = compare_tensors(original, result, pairs, report, advance or (lambda nbytes: None))
+    biases = check_biases(original, result, names, report)
     files = check_files(original, result, names, plan, *hashes, findings)
     return WeightsReport(
         folded=sum(pair.fold is not None and pair.name not in wrong for pair in pairs),
+        biases=biases,
         unchanged=sum(pair.fold is None and pair.name not in wrong for pair in pairs),
         norms=norms,
         files=files,
@@ -128,9 +134,12 @@ def _pairs(original: Checkpoint, result: Checkpoint, names: CheckpointPlan, find
             continue
         source = original.tensors[expected[name]]
         fold = names.folds.get(name)
+        changed_bias = name in names.biases or name in names.divided
         if (source.dtype, source.shape) != (stored.dtype, stored.shape):
             found, wanted = (f"{info.dtype} {list(info.shape)}" for info in (stored, source))
             findings.add(Finding("tensor", name, "has another dtype or shape", stored=found, expected=wanted))
+        elif changed_bias and source.dtype in FORMATS:
+            continue  # for `check_biases`
         elif fold and (unknown := _unknown(original, source.dtype, (use.norm for use in fold.gains))):
             findings.add(Finding("tensor", name, f"was folded, in a dtype that cannot be checked: {unknown}"))
         else:

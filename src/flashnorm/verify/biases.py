@@ -1,0 +1,150 @@
+"""Are the biases that a fold changes correctly rounded? Decided exactly, in NumPy, apart from `fold.py`'s arithmetic.
+
+* A linear's bias that takes a norm's is the sum `c + W beta`, enclosed from both sides in float64: rounding is
+  monotonic. The few sums that this leaves open are done in rational numbers.
+* A norm's bias that stays is the quotient `beta / g`, a rational number.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from flashnorm.checkpoint.names import BiasFold, CheckpointPlan, GainUse
+from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.verify.findings import Finding
+from flashnorm.verify.products import FORMATS, Array, ExactGain, Scratch, decode, nearest
+
+_BLOCK = 8 << 20  # bytes of a weight
+
+
+def check_biases(
+    source: Checkpoint, converted: Checkpoint, names: CheckpointPlan, report: Callable[[Finding], None]
+) -> int:
+    """Check every bias that the plan changes.
+
+    Args:
+        source, converted: the checkpoints; what is absent or of another dtype or shape is for others to report.
+        names: the plan.
+        report: takes one `Finding` for each tensor that differs.
+
+    Returns:
+        How many are right.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    right = 0
+    for name in (*names.biases, *names.divided):
+        if name not in converted.tensors or name not in source.tensors:
+            continue
+        info = converted.tensors[name]
+        if (info.dtype, info.shape) != (source.tensors[name].dtype, source.tensors[name].shape):
+            continue
+        if odd := _unreadable(source, names, name):
+            report(Finding("tensor", name, f"was changed, in a dtype that cannot be checked: {odd}"))
+            continue
+        stored = np.frombuffer(converted.read_bytes(name), FORMATS[info.dtype].bits)
+        if name in names.biases:
+            expected, problem = _sums(source, names, name, names.biases[name]), "is not the rounded sum c + W beta"
+        else:
+            expected, problem = _quotients(source, name, names.divided[name]), "is not the rounded quotient beta / g"
+        places = np.flatnonzero((stored != expected) & ~(_is_nan(info.dtype, stored) & _is_nan(info.dtype, expected)))
+        if not places.size:
+            right += 1
+            continue
+        values = [decode(info.dtype, bits[places[:1]])[0] for bits in (stored, expected)]
+        report(
+            Finding(
+                kind="tensor",
+                name=name,
+                problem=problem,
+                index=tuple(int(i) for i in np.unravel_index(places[0], info.shape)),
+                stored=f"{values[0]:.9g}",
+                expected=f"{values[1]:.9g}",
+                differing=int(places.size),
+                elements=math.prod(info.shape),
+            )
+        )
+    return right
+
+
+def _unreadable(source: Checkpoint, names: CheckpointPlan, name: str) -> str | None:
+    """A dtype, of the tensors that a bias is made of, that has no format."""
+    made_of = [name]
+    if name in names.biases:
+        fold = names.biases[name]
+        made_of += [names.untied.get(fold.weight, fold.weight), *(shift.bias for shift in fold.shifts)]
+    else:
+        made_of.append(names.divided[name].norm)
+    dtypes = [source.tensors[tensor].dtype for tensor in made_of]
+    return next((dtype for dtype in dtypes if dtype not in FORMATS), None)
+
+
+def _is_nan(tag: str, bits: Array) -> Array:
+    return np.isnan(decode(tag, bits))
+
+
+def _values(checkpoint: Checkpoint, name: str) -> Array:
+    tag = checkpoint.tensors[name].dtype
+    return decode(tag, np.frombuffer(checkpoint.read_bytes(name), FORMATS[tag].bits))
+
+
+def _quotients(source: Checkpoint, name: str, use: GainUse) -> Array:
+    """Bit patterns of `beta / g`, of a norm with bias `name`."""
+    tag = source.tensors[name].dtype
+    bits = np.frombuffer(source.read_bytes(name), FORMATS[tag].bits).copy()
+    betas = decode(tag, bits)
+    gains = ExactGain.of(_values(source, use.norm), use.offset, len(betas), use.segments).values
+    for i, (beta, gain) in enumerate(zip(betas.tolist(), gains, strict=True)):
+        if beta:
+            bits[i] = nearest(FORMATS[tag], Fraction(beta) / Fraction(gain))
+    return bits
+
+
+def _sums(source: Checkpoint, names: CheckpointPlan, name: str, fold: BiasFold) -> Array:
+    """Bit patterns of `c + W beta`, of a linear with bias `name`."""
+    tag = source.tensors[name].dtype
+    form, scratch = FORMATS[tag], Scratch()
+    added = _values(source, name)
+    expected = np.empty(added.shape, form.bits)
+    weight_name = names.untied.get(fold.weight, fold.weight)
+    beta = _spread(source, fold, source.tensors[weight_name].shape[fold.axis])
+    first = 0
+    for weight in _blocks(source, weight_name, fold.axis):
+        rows = slice(first, first + len(weight))
+        first += len(weight)
+        with np.errstate(all="ignore"):
+            total = added[rows] + weight @ beta
+            size = np.abs(added[rows]) + np.abs(weight) @ np.abs(beta)
+            # Twice the bound of a sum of products: n additions and n products, each off by half an epsilon.
+            error = size * (2 * (len(beta) + 2) * np.finfo(np.float64).eps) + 2.0**-1000
+            low, high = np.empty((2, len(total)), form.bits)
+            form.encode(total - error, low, scratch)
+            form.encode(total + error, high, scratch)
+            form.encode(total, expected[rows], scratch)
+        open_rows = np.isfinite(total) & ((low != high) | (tag == "F64"))
+        for row in np.flatnonzero(open_rows):
+            exact = Fraction(added[first - len(weight) + row])
+            exact += sum(Fraction(w) * Fraction(b) for w, b in zip(weight[row].tolist(), beta.tolist(), strict=True))
+            expected[first - len(weight) + row] = nearest(form, exact) if exact else 0
+    return expected
+
+
+def _spread(source: Checkpoint, fold: BiasFold, inputs: int) -> Array:
+    """The norm biases of every input channel, added up."""
+    total = np.zeros(inputs)
+    for shift in fold.shifts:
+        beta = _values(source, shift.bias)
+        for start, first, count in shift.segments or ((0, 0, inputs),):
+            total[start : start + count] += beta[first : first + count]
+    return total
+
+
+def _blocks(source: Checkpoint, name: str, axis: int) -> Iterator[Array]:
+    """Blocks `[outputs, inputs]` of a weight as float64."""
+    tag = source.tensors[name].dtype
+    for block in source.read_outputs(name, axis, _BLOCK):
+        yield decode(tag, block.contiguous().view(torch.uint8).numpy().view(FORMATS[tag].bits))
