@@ -97,6 +97,11 @@ def convert(
         f"{out}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
         f"{files}{resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
     )
+    if result.spelled_out:
+        print(
+            f"{result.spelled_out} norm tensors stay, at their identity value: Transformers would initialise them to "
+            "another one"
+        )
     for row in result.plan.rows():
         if row.kept:
             print(f"{row.norm} ({row.count}) {row.what}")

@@ -59,6 +59,7 @@ class ConvertResult:
         target: the folder that was written.
         norms: how many norm weights were folded.
         linears: into how many stored weight tensors.
+        spelled_out: norm tensors that stay at their identity value, as transformers would initialise them otherwise.
         tensors: how many tensors the output holds.
         shards, resumed_shards: how many safetensors files it has, and how many of them an earlier run had finished.
         bytes_read, bytes_written: by this run.
@@ -69,6 +70,7 @@ class ConvertResult:
     target: Path
     norms: int
     linears: int
+    spelled_out: int
     tensors: int
     shards: int
     resumed_shards: int
@@ -261,6 +263,7 @@ def convert_checkpoint(
         target=target,
         norms=len(plan.folds),
         linears=len(names.folds),
+        spelled_out=len(names.spelled_out),
         tensors=sum(len(tensors) for tensors in job.tensors.values()),
         shards=len(job.sizes),
         resumed_shards=len(job.resumed),

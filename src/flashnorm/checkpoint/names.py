@@ -7,13 +7,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from flashnorm.checkpoint.initial import wrongly_initialised
 from flashnorm.errors import InputError
 from flashnorm.plan import FoldPlan, Linear, Segments
 from flashnorm.trace.planner import names_by_parameter, segments_of
@@ -81,6 +82,7 @@ class CheckpointPlan:
         biases: bias tensor of a linear -> the norm biases that it takes.
         divided: bias tensor of a norm -> the gain that it is divided by, since that leaves and the bias stays.
         norms: norm tensor -> its identity value (1.0; 0.0 for offset gains and biases): these leave the checkpoint.
+        spelled_out: those that stay even so, at that value, because transformers would initialise them to another one.
         untied: new tensor -> the source tensor whose values it copies (`lm_head.weight` -> the embedding).
         parameters: norm tensor -> the module parameter that it is loaded into.
         shapes: tensor, of those above -> the shape that the model expects.
@@ -90,6 +92,7 @@ class CheckpointPlan:
     biases: dict[str, BiasFold] = field(default_factory=dict)
     divided: dict[str, GainUse] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
+    spelled_out: tuple[str, ...] = ()
     untied: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -198,7 +201,9 @@ def checkpoint_plan(
     result.folds.update({tensor: TensorFold(axes[tensor], tuple(uses)) for tensor, uses in gains.items()})
     for bias, uses in shifts.items():
         result.biases[bias] = BiasFold(weights[bias], axes[weights[bias]], tuple(uses))
-    return result
+    identities = {result.parameters[tensor]: identity for tensor, identity in result.norms.items()}
+    wrong = wrongly_initialised(model, identities)
+    return replace(result, spelled_out=tuple(name for name in result.norms if result.parameters[name] in wrong))
 
 
 def _biases_beside(names: StoredNames, linear: Linear, tensor: str, weight: View) -> dict[str, View]:

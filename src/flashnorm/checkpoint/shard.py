@@ -261,4 +261,5 @@ def _as_tensor(window: memoryview) -> Tensor:
 
 def _is_absent(name: str, names: CheckpointPlan, keep_norms: bool) -> bool:
     """Whether a source tensor does not pass to the output (under its name and from its own values)."""
-    return name in names.untied or (name in names.norms and not keep_norms)
+    leaves = name in names.norms and name not in names.spelled_out
+    return name in names.untied or (leaves and not keep_norms)

@@ -42,15 +42,14 @@ def weightless_norms(checkpoint: Checkpoint, names: CheckpointPlan) -> dict[str,
                 )
         return norms
     absent = [name for name in names.norms if name not in checkpoint.tensors]
-    if absent and len(absent) < len(names.norms):
+    present = [name for name in names.norms if name in checkpoint.tensors]
+    if absent and not set(present) <= set(names.spelled_out):
         raise InputError(
             f"{checkpoint.folder}: expected all of {len(names.norms)} norms that can be folded, or none, found "
             f"{len(absent)} absent ({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); the checkpoint is "
             "damaged: fetch or convert it again"
         )
-    identical = absent or all(
-        bool((checkpoint.read_tensor(name) == identity).all()) for name, identity in names.norms.items()
-    )
+    identical = all(bool((checkpoint.read_tensor(name) == names.norms[name]).all()) for name in present)
     return dict(names.norms) if names.norms and identical else None
 
 

@@ -150,7 +150,9 @@ def _check_manifest(
     if plan is not None and set(planned.folds) != set(plan.folds):
         odd = next(iter(set(planned.folds) ^ set(plan.folds))).norm
         findings.add(Finding("manifest", MANIFEST_FILE, f"holds another plan than a fresh one, e.g. for {odd}"))
-    did = {"keep_norms": bool(names.norms.keys() & result.tensors.keys()), "untie": bool(names.untied)}
+    optional = names.norms.keys() - set(names.spelled_out)  # if there is none, keeping norms makes no difference
+    keeps = bool(optional & result.tensors.keys()) if optional or not options else options.get("keep_norms")
+    did = {"keep_norms": keeps, "untie": bool(names.untied)}
     if options != did:
         problem = "names other options than were used"
         findings.add(Finding("manifest", MANIFEST_FILE, problem, stored=str(options), expected=str(did)))

@@ -155,7 +155,7 @@ def _unknown(original: Checkpoint, dtype: str, norms: Iterable[str]) -> str | No
 def _check_norms(original: Checkpoint, result: Checkpoint, names: CheckpointPlan, findings: Findings) -> int:
     """Folded norms are absent, or all are there at the value by which the module multiplies by one."""
     present = {name: one for name, one in names.norms.items() if name in result.tensors}
-    if present and len(present) < len(names.norms):
+    if len(present) < len(names.norms) and present.keys() != set(names.spelled_out):
         missing = next(name for name in names.norms if name not in present)
         problem = f"{len(names.norms) - len(present)} of {len(names.norms)} folded norms are absent, others are not"
         findings.add(Finding("tensor", missing, problem))
