@@ -1,7 +1,8 @@
 """A tiny config of every model type that transformers knows: one table of sizes, one of what single types need besides.
 
 * A size is set wherever the type's config has a field of that name, in nested configs as well.
-* Of the layer kinds that a type lists (sliding and full attention, linear attention, ...), each gets a layer.
+* Of the layers that a type has by default, the first of each kind stay: (sliding, dense), (full, sparse), ...
+* Windows, chunks and indexers are smaller than the test's sequences, so that they leave something out.
 """
 
 from typing import Any
@@ -14,51 +15,173 @@ HEAD_SIZE, ROTATED, QUERY_RANK, HEADS, LAYERS = 16, 8, 24, 4, 2
 
 # Size -> the fields that take it.
 FIELDS: dict[int, str] = {
-    HIDDEN: "hidden_size n_embd d_model",
-    INNER: "intermediate_size n_inner ffn_dim d_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim",
-    EXPERT_INNER: "moe_intermediate_size shared_expert_intermediate_size",
-    VOCABULARY: "vocab_size",
-    POSITIONS: "max_position_embeddings n_positions",
-    HEAD_SIZE: "head_dim v_head_dim kv_lora_rank linear_key_head_dim linear_value_head_dim",
-    ROTATED: "qk_rope_head_dim qk_nope_head_dim state_size time_step_rank",
+    HIDDEN: "hidden_size n_embd d_model emb_dim hidden_size_global out_hidden_size downsample_hidden_size "
+    "adapter_in_dim adapter_out_dim adapter_input_size output_channels vision_output_dim projector_input_dim "
+    "projector_output_dim ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels",
+    INNER: "intermediate_size n_inner ffn_dim d_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim d_inner dff dim_ff "
+    "feed_forward_size dense_intermediate_size intermediate_size_mlp mlp_dim",
+    EXPERT_INNER: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
+    "shared_experts_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size",
+    VOCABULARY: "vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size",
+    POSITIONS: "max_position_embeddings n_positions max_seq_len rel_extent num_position_embeddings image_size",
+    HEAD_SIZE: "head_dim v_head_dim kv_lora_rank o_lora_rank linear_key_head_dim linear_value_head_dim linear_head_dim "
+    "index_head_dim swa_head_dim dim_head d_head attention_head_size mamba_head_dim mamba_d_head patch_size",
+    ROTATED: "qk_rope_head_dim qk_nope_head_dim state_size time_step_rank rotary_dim ssm_state_size mamba_d_state "
+    "mamba_n_heads mamba_num_heads hidden_size_per_layer_input laurel_rank",
     HEADS: "num_attention_heads n_head num_heads n_heads decoder_attention_heads encoder_attention_heads "
-    "linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts",
-    LAYERS: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_key_value_heads "
-    "linear_num_key_heads expand num_experts_per_tok moe_topk moe_k top_k pad_token_id",
-    QUERY_RANK: "q_lora_rank",
-    1: "n_group topk_group eos_token_id",
+    "num_decoder_attention_heads num_encoder_attention_heads attention_heads swa_num_attention_heads index_n_heads "
+    "linear_num_heads linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts "
+    "zero_expert_num sliding_window sliding_window_size window_size attention_window_size attention_chunk_size "
+    "local_attention_window_len index_topk chunk_size mamba_chunk_size",
+    LAYERS: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_decoder_layers "
+    "num_encoder_layers depth num_blocks num_key_value_heads swa_num_key_value_heads linear_num_key_heads n_groups "
+    "o_groups expand num_experts_per_tok num_experts_per_token moe_topk moe_k top_k pad_token_id",
+    QUERY_RANK: "q_lora_rank hc_lowrank",
+    1: "n_group topk_group num_expert_group eos_token_id first_k_dense_replace num_dense_layers",
     0: "bos_token_id",
 }
-SIZES = {field: size for size, fields in FIELDS.items() for field in fields.split()}
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-# Fields that are set even where the type's default is None.
-_ALWAYS = ("num_key_value_heads", "pad_token_id")
+SIZES: dict[str, Any] = {field: size for size, fields in FIELDS.items() for field in fields.split()}
+SIZES |= {"mlp_only_layers": [0], "per_layer_config": {}}
+# Fields that are set even where the type's default is nothing: None, 0 or an empty list.
+ALWAYS = (
+    *("num_key_value_heads", "head_dim", "q_lora_rank", "mlp_only_layers", "first_k_dense_replace"),
+    *("num_experts_per_tok", "n_routed_experts", "pad_token_id"),
+)
+# With multi-head latent attention, heads are not grouped, and head_dim is that of the rotated part.
+LATENT = {"num_key_value_heads": HEADS, "head_dim": ROTATED}
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "no_rope_layers")
 
+_SLIDING, _FULL, _LINEAR, _INDEXED = "sliding_attention", "full_attention", "linear_attention", "indexed_attention"
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+# Types whose own config holds more than the language model -> the type of that part.
+PARTS = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
+# Type, also of a nested config -> fields that the rules above do not know or get wrong. Lists of layers come together.
 BESIDES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8},
-    "codegen": {"rotary_dim": 8},
-    "gptj": {"rotary_dim": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "use_cache": False},  # its cache wants a num_hidden_layers
+    "cohere2_moe": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
+    "cohere_compass_text": {"layer_types": [_SLIDING, _FULL], "rope_parameters": {_SLIDING: _ROPE, _FULL: None}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "dots1": {"layer_types": [_FULL, _SLIDING], "n_shared_experts": 1},
+    "dots3_note_text": {"per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}}},
+    "dots3_note_vision_encoder": {"per_layer_config": {1: {"num_local_experts": 2}}},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1], "attn_resolutions": [0], "codebook_size": 64},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {
+        "layer_types": [_SLIDING, _FULL] * 2,
+        "activation_sparsity_pattern": [0.5, 0.0] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    "gemma4": {
+        "text_config": {
+            "layer_types": [_SLIDING, _FULL] * 2,
+            "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}},
+            "num_kv_shared_layers": 2,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        }
+    },
+    "gemma4_text": {"per_layer_config": {1: {"head_dim": 32}}},
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 40,
+        "text_config": {
+            "layer_types": [_SLIDING, _FULL] * 2,
+            "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}},
+            "num_kv_shared_layers": 2,
+        },
+    },
+    "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 32}}},
+    "glm_moe_dsa": {
+        "layer_types": [_INDEXED] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "indexer_types": ["full", "shared"],
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoe_swa": {"shared_intermediate_size": 32},
+    "granitemoeshared": {"shared_intermediate_size": 32},
+    "granitemoehybrid": {"layer_types": [_LINEAR, _FULL]},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"], "mlp_layer_types": ["dense", "sparse"]},
+    "jamba": {"num_hidden_layers": 3, "attn_layer_offset": 2},
+    "laguna": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
+    "lfm2": {"layer_types": ["conv", _FULL]},
+    "lfm2_moe": {"layer_types": ["conv", _FULL, "conv"]},
+    "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
+    "mamba2": {"num_heads": 8},
+    "mellum": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
+    "ministral": {"layer_types": [_SLIDING, _FULL]},
+    "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"]},
+    "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
+    "musicgen_decoder": {"architectures": ["MusicgenForCausalLM"], "num_codebooks": 2},
+    "musicgen_melody_decoder": {"architectures": ["MusicgenMelodyForCausalLM"], "num_codebooks": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "ple_layer_ids": [1],
+        "number_of_conv_states": 3,  # with those
+        "ple_embed_dim": 32,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 1,
+        "eos_token_id": 1,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [8, 6],
+        "axial_pos_embds_dim": [24, 40],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_buckets": 2,
+        "hash_seed": 0,
+    },
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": [_LINEAR, "hybrid"] * 2},  # the hybrid layers share their weights
+    "zamba2": {"layers_block_type": [_LINEAR, "hybrid"] * 2},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 4, "num_experts_per_tok": 1},
 }
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The type's own default config, made small. Raises whatever the type's config class raises."""
-    config_class = CONFIG_MAPPING[model_type]
-    return config_class(**(_shrink(config_class().to_dict()) | BESIDES.get(model_type, {})))
+    config_class = CONFIG_MAPPING[PARTS.get(model_type, model_type)]
+    return config_class(**_shrink(config_class().to_dict(), {}))
 
 
-def _shrink(config: dict[str, Any]) -> dict[str, Any]:
-    small: dict[str, Any] = {}
-    latent = "qk_rope_head_dim" in config  # MLA: head_dim is that of the rotated part, and heads are not grouped
-    for field, value in config.items():
-        if isinstance(value, dict) and "model_type" in value:
-            small[field] = value | _shrink(value)
-        elif field in SIZES and (value is not None or field in _ALWAYS) and not (latent and field == "head_dim"):
-            small[field] = SIZES[field]
-    if latent and "num_key_value_heads" in config:
-        small["num_key_value_heads"] = HEADS
-    if kinds := list(dict.fromkeys(config.get("layer_types") or ())):
-        small["layer_types"] = (kinds * 2)[: max(LAYERS, len(kinds))]
-        small |= {field: len(small["layer_types"]) for field in _LAYER_COUNTS if field in config}
-    return small
+def _shrink(config: dict[str, Any], besides: dict[str, Any]) -> dict[str, Any]:
+    """The fields to change.
+
+    Args:
+        config: all fields with their defaults.
+        besides: what the config around this one wants besides.
+    """
+    besides = BESIDES.get(config["model_type"], {}) | besides
+    small = {field: SIZES[field] for field, value in config.items() if field in SIZES and (value or field in ALWAYS)}
+    if "qk_rope_head_dim" in config:
+        small |= {field: size for field, size in LATENT.items() if field in config}
+    layers = {field: besides[field] for field in PER_LAYER if field in besides}
+    if not layers:
+        layers = _first_of_each_kind({field: config[field] for field in PER_LAYER if config.get(field)})
+    for of_layers in layers.values():
+        small |= {field: len(of_layers) for field in LAYER_COUNTS if field in config}
+    small |= layers | besides
+    nested = {field: value for field, value in config.items() if isinstance(value, dict) and "model_type" in value}
+    return small | {field: value | _shrink(value, besides.get(field, {})) for field, value in nested.items()}
+
+
+def _first_of_each_kind(layers: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The same lists with one layer for each combination of what they say of a layer, but at least two layers."""
+    kinds = list(dict.fromkeys(zip(*layers.values(), strict=True)))
+    if len(kinds) == 1:
+        kinds *= LAYERS
+    return {field: [kind[i] for kind in kinds] for i, field in enumerate(layers)}

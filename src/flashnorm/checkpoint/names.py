@@ -128,16 +128,16 @@ class StoredNames:
         views = self._views[next(name for name, aliases in self._aliases.items() if parameter in aliases)]
         return {name: view for name, view in views.items() if name in self._present} or views
 
-    def tensor(self, parameter: str) -> str:
-        """The one tensor that holds a parameter.
+    def copies(self, parameter: str) -> list[str]:
+        """The tensors that hold a parameter whole: one, or several if modules share it.
 
         Raises:
-            InputError: there are several, or none.
+            InputError: it is stored in parts, or not at all.
         """
         views = self.views(parameter)
-        if len(views) != 1:
+        if not views or any(view.stored_shape != view.shape for view in views.values()):
             raise InputError(f"expected {parameter} to be stored as one tensor, found {sorted(views) or 'none'}")
-        return next(iter(views))
+        return list(views)
 
     def unread(self) -> list[str]:
         """The checkpoint's tensors that the model's code does not know (a multi-token-prediction head, say)."""
@@ -165,16 +165,16 @@ def checkpoint_plan(
     weights: dict[str, str] = {}
     result = CheckpointPlan()
     for fold in plan.folds:
-        norm = names.tensor(fold.norm)
+        norm = names.copies(fold.norm)[0]
         for parameter, identity in fold.leaving.items():
-            tensor = names.tensor(parameter)
-            result.norms[tensor] = identity
-            result.parameters[tensor] = parameter
+            for tensor in names.copies(parameter):
+                result.norms[tensor] = identity
+                result.parameters[tensor] = parameter
         for parameter in (fold.norm, *([fold.bias] if fold.bias else [])):
-            tensor, view = next(iter(names.views(parameter).items()))
-            result.shapes[tensor] = view.stored_shape
+            shape = tuple(model.get_parameter(parameter).shape)
+            result.shapes.update(dict.fromkeys(names.copies(parameter), shape))
         if fold.bias and fold.bias_stays:
-            result.divided[names.tensor(fold.bias)] = GainUse(norm, fold.offset)
+            result.divided.update(dict.fromkeys(names.copies(fold.bias), GainUse(norm, fold.offset)))
         size = model.get_parameter(fold.norm).numel()
         for linear in fold.linears:
             views = names.views(linear.name)
@@ -197,7 +197,7 @@ def checkpoint_plan(
                     for bias, bias_view in _biases_beside(names, linear, tensor, view).items():
                         if weights.setdefault(bias, tensor) == tensor:  # else W is stored twice
                             result.shapes[bias] = bias_view.stored_shape
-                            shifts[bias].append(ShiftUse(names.tensor(fold.bias), segments))
+                            shifts[bias].append(ShiftUse(names.copies(fold.bias)[0], segments))
     result.folds.update({tensor: TensorFold(axes[tensor], tuple(uses)) for tensor, uses in gains.items()})
     for bias, uses in shifts.items():
         result.biases[bias] = BiasFold(weights[bias], axes[weights[bias]], tuple(uses))

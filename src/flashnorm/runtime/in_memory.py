@@ -16,7 +16,7 @@ from flashnorm.errors import InputError
 from flashnorm.fold import PRECISION, Gain, divide_bias, fold_weight, gain_of
 from flashnorm.plan import FoldPlan
 from flashnorm.planning import keep_indivisible
-from flashnorm.runtime.weightless import make_weightless, needs_readable_weights
+from flashnorm.runtime.weightless import make_weightless, needs_readable_weights, under_all_names
 from flashnorm.trace.planner import plan_of
 
 
@@ -43,6 +43,7 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> nn
     gains = _gains(model, plan)
     biases = _biases(model, plan)
     norms = {name: identity for fold in plan.folds for name, identity in fold.leaving.items()}
+    norms = under_all_names(model, norms)
     readable = needs_readable_weights(model, norms, example_inputs)
     with torch.no_grad():
         for name, (axis, gain) in gains.items():

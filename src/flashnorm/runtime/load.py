@@ -18,7 +18,7 @@ from flashnorm.errors import InputError, brief
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
 from flashnorm.runtime.in_memory import mark_config
-from flashnorm.runtime.weightless import make_weightless, needs_readable_weights
+from flashnorm.runtime.weightless import make_weightless, needs_readable_weights, under_all_names
 from flashnorm.trace.models import load_config, meta_model
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*", "spiece.model", "tekken.json")
@@ -58,6 +58,7 @@ def load(
         )
     parameters = {names.parameters[tensor]: identity for tensor, identity in norms.items()}
     blank = meta_model(load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
+    parameters = under_all_names(blank, parameters)
     readable = needs_readable_weights(blank, parameters, None)
     model = _load(folder, type(blank), parameters, list(norms), readable, dtype=dtype, **kwargs)
     folded = replace(plan, folds=tuple(fold for fold in plan.folds if fold.norm in parameters))

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
 
 from flashnorm.errors import InputError
-from flashnorm.trace.planner import trace
+from flashnorm.trace.planner import names_by_parameter, trace
 
 _PROBE_TOKENS = 4
 
@@ -57,6 +58,10 @@ def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool
     Returns:
         The names that are now constant buffers (not saved with the model) -> their value.
     """
+    if hasattr(model, "all_tied_weights_keys"):  # what is not there cannot be tied
+        model.all_tied_weights_keys = {
+            name: source for name, source in model.all_tied_weights_keys.items() if name not in norms
+        }
     constants: dict[str, float] = {}
     leaving: dict[str, dict[str, float]] = defaultdict(dict)
     for name, identity in norms.items():
@@ -79,6 +84,12 @@ def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool
             else:
                 owner.register_parameter(attribute, None)
     return constants
+
+
+def under_all_names(model: nn.Module, norms: Mapping[str, float]) -> dict[str, float]:
+    """Parameters of a model, each under every name that it has: modules may share it."""
+    names = {alias: aliases for aliases in names_by_parameter(model).values() for alias in aliases}
+    return {alias: identity for name, identity in norms.items() for alias in names[name]}
 
 
 def needs_readable_weights(model: nn.Module, norms: Mapping[str, float], inputs: tuple[Any, ...] | None) -> bool:

@@ -1,4 +1,4 @@
-"""From `config.json` to a model on the meta device, and the inputs to trace it with.
+"""From `config.json` to a model on the meta device.
 
 * No weights are read: a model of any size is built in a second or two and needs no memory.
 * Code that a checkpoint carries is never run unless the caller says so.
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from flashnorm.errors import InputError, brief
@@ -24,9 +23,6 @@ _AUTO_CLASSES = (
     transformers.AutoModelForMaskedLM,
     transformers.AutoModel,
 )
-
-# Two sequences of seven tokens: sizes that no model dimension is likely to share.
-_BATCH, _TOKENS = 2, 7
 
 _META = torch.device("meta")
 
@@ -101,23 +97,3 @@ def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code:
             f"{config.model_type} fails: {type(error).__name__}: {error}"
         ) from error
     return model.eval()
-
-
-def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for a transformers model's forward, on the meta device.
-
-    Raises:
-        InputError: the model is no transformers model, so its inputs are not known.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise InputError(
-            f"expected a transformers model, found {type(model).__name__}: pass example_inputs, the arguments of its "
-            "forward"
-        )
-    ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=_META)
-    kwargs: dict[str, Any] = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        kwargs["decoder_input_ids"] = ids
-    else:
-        kwargs["use_cache"] = False
-    return (), kwargs

@@ -6,8 +6,9 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from flashnorm.errors import InputError
+from flashnorm.errors import InputError, brief
 from flashnorm.plan import Fold, FoldPlan, Kept, Linear, Segments
-from flashnorm.trace.models import example_inputs
-from flashnorm.trace.rules import UNKNOWN_OPERATOR
-from flashnorm.trace.tracer import Tracer
+from flashnorm.trace.inputs import Arguments, Call, MixedDevices, example_calls
+from flashnorm.trace.rules import GUESSES, UNKNOWN_OPERATOR
+from flashnorm.trace.tracer import Tracer, Use
 from flashnorm.trace.values import UNKNOWN
 
 # The norm has no effect on the output: no weight takes its gain, and nothing stopped it.
@@ -50,22 +51,91 @@ def plan_of(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldPlan
 def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
     """Run the model's forward under a tracer; arguments and errors as for `plan_of`.
 
+    Without `inputs`, the model's methods that take images or sounds are run as well. One that fails might have read any
+    parameter that the forward does not read: nothing of these is folded then.
+
     Not in inference mode, whoever calls: there the tracer sees other operators.
     """
-    args, kwargs = (inputs, {}) if inputs is not None else example_inputs(model)
-    args, kwargs = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    given = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, inputs)
+    forward, *others = example_calls(model) if given is None else [Call("forward", ({},), given)]
+    errors: list[Exception] = []
+    with _traceable(model):
+        besides = [(call, _chosen(model, call)) for call in others]
+        for arguments in forward.alternatives:
+            tracer, error = _traced(model, partial(_run_all, model, [(forward, arguments), *besides]))
+            if error is None:
+                return tracer
+            errors.append(error)
+    raise InputError(
+        f"expected a model whose forward runs on the meta device, found that {type(model).__name__}'s does not "
+        f"({type(errors[0]).__name__}: {errors[0]}); pass example_inputs that it accepts, or report the model"
+    ) from errors[0]
+
+
+def _traced(model: nn.Module, calls: Callable[[Tracer], Any]) -> tuple[Tracer, Exception | None]:
+    """Run calls of a model, with its parameters on the meta device, under a new tracer; how that ended."""
     parameters = {name: nn.Parameter(p.detach().to(_META), requires_grad=False) for name, p in model.named_parameters()}
     buffers = {name: buffer.to(_META) for name, buffer in model.named_buffers()}
+    state = {f"model.{name}": tensor for name, tensor in {**parameters, **buffers}.items()}
     tracer = Tracer(model, parameters)
-    with _traceable(model):
+    run = partial(torch.func.functional_call, _Runner(model), state, (lambda: calls(tracer),))
+    try:
+        tracer.run(run)
+    except Exception as error:
+        return tracer, error
+    for tracer.guess in GUESSES[1:] if tracer.guessed else ():
+        with contextlib.suppress(Exception):  # a guess may be out of bounds; what it showed before counts
+            tracer.run(run)
+    return tracer, None
+
+
+class _Runner(nn.Module):
+    """Takes calls of a model for its forward, so that `functional_call` swaps the parameters for any method."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, calls: Callable[[], Any]) -> Any:
+        with MixedDevices():
+            return calls()
+
+
+def _chosen(model: nn.Module, call: Call) -> Arguments | None:
+    """The first of a call's alternatives that works, or else the one that comes furthest."""
+    furthest, most = None, -1
+    for arguments in call.alternatives:
+        if len(call.alternatives) == 1:
+            return arguments
+        tracer, error = _traced(model, lambda _, arguments=arguments: call.run(model, arguments))
+        if error is None:
+            return arguments
+        if len(tracer.uses) > most:
+            furthest, most = arguments, len(tracer.uses)
+    return furthest
+
+
+def _run_all(model: nn.Module, calls: Sequence[tuple[Call, Arguments | None]], tracer: Tracer) -> list[Any]:
+    """Run the calls, of which all but the first may fail. What such a one may have read is not folded."""
+    outputs: list[Any] = []
+    unread: set[str] = set()
+    failures: list[Kept] = []
+    for call, arguments in calls:
         try:
-            tracer.run(lambda: torch.func.functional_call(model, {**parameters, **buffers}, args, kwargs))
+            if arguments is None:
+                raise ValueError("its inputs are not known")
+            outputs.append(call.run(model, arguments))
         except Exception as error:
-            raise InputError(
-                f"expected a model whose forward runs on the meta device, found that {type(model).__name__}'s does not "
-                f"({type(error).__name__}: {error}); pass example_inputs that it accepts, or report the model"
-            ) from error
-    return tracer
+            if not outputs:
+                raise
+            failures.append(Kept(f"{UNKNOWN_OPERATOR}: {call.method} cannot be traced: {brief(error)}"))
+        if not unread:
+            unread = dict(model.named_parameters()).keys() - tracer.uses.keys() - tracer.gains.keys()
+    for name in unread if failures else ():
+        tracer.uses[name].append(Use(at=failures[0]))
+        if name in tracer.gains:
+            tracer.gains[name].escapes.append(failures[0])
+    return outputs
 
 
 @contextlib.contextmanager

@@ -648,15 +648,26 @@ RULES: dict[Any, Rule] = {
 }
 
 
-def _item(tensor: Tensor) -> bool | int | float:
-    """A number for code that asks for a value: true or one, whatever the type calls it."""
-    return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
+# Numbers to answer questions with that a meta tensor cannot answer. The code behind a question may take one path of
+# several: a trace goes over all of these answers, and what any of them shows counts.
+GUESSES = (1, 0, 2**31 - 1)
 
 
-# Questions that a meta tensor cannot answer. Code behind them may take one path of several; `plan_of` refuses to fold
-# where that leaves parameters unread.
+def _item(guess: int, tensor: Tensor) -> bool | int | float:
+    return guess != 0 if tensor.dtype == torch.bool else float(guess) if tensor.dtype.is_floating_point else guess
+
+
+def _equal(guess: int, a: Tensor, b: Tensor) -> bool:
+    return guess != 0
+
+
+def _nonzero(guess: int, tensor: Tensor) -> Tensor:
+    """As if every element were a hit: code that goes through the hits (of experts, say) then goes through them all."""
+    return torch.ones(tensor.shape, dtype=torch.bool, device="cpu").nonzero()
+
+
 ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense: _item,
-    aten.equal: lambda a, b: True,
-    aten.nonzero: lambda tensor: torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device=tensor.device),
+    aten.equal: _equal,
+    aten.nonzero: _nonzero,
 }

@@ -76,12 +76,16 @@ class Tracer(TorchDispatchMode):
     Attributes:
         uses: parameter -> its uses, other than as a gain.
         gains: parameter -> what is known of it as a gain, in the order in which the model uses them.
+        guess: the answer to questions about values, see `rules.GUESSES`.
+        guessed: such a question was asked when a gain was under way, so that the answer may matter.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
         super().__init__()
         self.uses: dict[str, list[Use]] = defaultdict(list)
         self.gains: dict[str, Gain] = defaultdict(Gain)
+        self.guess = rules.GUESSES[0]
+        self.guessed = False
         self._model = model
         self._stack: list[str] = []
         self._values: dict[int, Value] = {}
@@ -109,7 +113,11 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         answer = rules.ANSWERS.get(func.overloadpacket)
-        out = func(*args, **kwargs) if answer is None else answer(*args)
+        if answer is None:
+            out = func(*args, **kwargs)
+        else:
+            self.guessed |= bool(self.gains)
+            out = answer(self.guess, *args)
         self._record(rules.Call(self, func, args, kwargs, out))
         return out
 
