@@ -11,13 +11,16 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test architectures lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+architectures: $(INSTALLED)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -58,7 +58,7 @@ def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool
     Returns:
         The names that are now constant buffers (not saved with the model) -> their value.
     """
-    if hasattr(model, "all_tied_weights_keys"):  # what is not there cannot be tied
+    if isinstance(model, PreTrainedModel):  # what is not there cannot be tied
         model.all_tied_weights_keys = {
             name: source for name, source in model.all_tied_weights_keys.items() if name not in norms
         }

@@ -113,14 +113,16 @@ def _alternatives(method: Callable[..., Any], kinds: Mapping[str, Sequence[_Layo
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
     settings: Arguments = {"use_cache": False} if "use_cache" in names else {}
     options: list[list[Arguments]] = []
-    for layouts in kinds.values():
+    for kind, layouts in kinds.items():
         fitting: list[Arguments] = []
         for one in layouts:
             if not names.keys() & (one.marks or one.tensors.keys()):
                 continue
             given = {name: tensor for name, tensor in one.tensors.items() if name in names}
-            for spare in (required, names, one.spare if open_ended else ()):
-                fitting.append(given | {name: one.spare[name] for name in one.spare if name in spare})
+            # Where there are tokens, the mask that has no other name is theirs.
+            spares = one.spare.keys() - ({"attention_mask"} if kind != "text" and "input_ids" in names else set())
+            for spare in (required, names, spares if open_ended and kind != "text" else ()):
+                fitting.append(given | {name: one.spare[name] for name in one.spare if name in spares & {*spare}})
         options.append(fitting or [{}])
     found: dict[frozenset[tuple[str, int]], Arguments] = {}
     for parts in itertools.islice(itertools.product(*options), _MOST_ALTERNATIVES * 8):
@@ -176,14 +178,17 @@ def _images(config: PretrainedConfig) -> list[_Layout]:
     rows, columns = (merge * count for count in _GRID)
     count = rows * columns
     grid = {"image_grid_thw": _each(1, rows, columns), "grid_thw": _each(1, rows, columns)}
-    spare = {"merge_sizes": _each(merge)[:, 0], "image_merge_sizes": _each(merge)[:, 0]}
+    merging = {"merge_sizes": _each(merge)[:, 0]}
+    spare = {"image_merge_sizes": merging["merge_sizes"]}
     layouts = []
     for pixels in (  # the patches of all images, one after the other
         _meta(_BATCH * count, channels * sizes.patch_frames * patch * patch),
         _meta(_BATCH * count, channels * patch * patch),
         _meta(_BATCH * count, channels, patch, patch),
     ):
-        layouts.append(_Layout({"pixel_values": pixels, "hidden_states": pixels, **grid}, spare, tuple(grid)))
+        layouts.append(
+            _Layout({"pixel_values": pixels, "hidden_states": pixels, **grid, **merging}, spare, tuple(grid))
+        )
     # The patches of each image, with their places.
     flat = _meta(_BATCH, count, channels * patch * patch)
     places = torch.cartesian_prod(torch.arange(columns), torch.arange(rows)).expand(_BATCH, count, 2)
@@ -359,9 +364,11 @@ class MixedDevices(TorchDispatchMode):
         for tensor in written:
             if not tensor.is_meta:
                 raise NotImplementedError(f"{func} writes a tensor without values into one with values")
-            self._forget(tensor)
+            if not known or self._known[id(tensor)][1].certain:
+                self._forget(tensor)
+                known = False
         result = func(*self._on_meta(func, args), **tree_map(_to_meta, kwargs))
-        self._guess(func, args, kwargs, result, known and not written)
+        self._guess(func, args, kwargs, result, known)
         return result
 
     def _numbers(self, tensor: Tensor) -> _Numbers | None:
@@ -412,11 +419,11 @@ class MixedDevices(TorchDispatchMode):
     def _guess(self, func: Any, args: Any, kwargs: Any, result: Any, computable: bool) -> None:
         """Comparisons of what is not known are taken for true, here as in `rules.ANSWERS`."""
         if func.overloadpacket in _COMPARISONS:
-            self._known[id(result)] = result, _Numbers(torch.ones((), dtype=torch.bool).expand(result.shape), False)
+            self._known[id(result)] = result, _Numbers(torch.ones(result.shape, dtype=torch.bool, device="cpu"), False)
         elif computable:
             try:
                 guessed = self._compute(func, args, kwargs)
-            except RuntimeError:
+            except Exception:  # the guess was wrong, and an index is out of bounds for it
                 return
             for tensor, values in zip(tree_leaves(result), tree_leaves(guessed), strict=True):
                 if isinstance(tensor, Tensor) and tensor.shape == values.shape:

@@ -58,18 +58,20 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
     """
     given = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, inputs)
     forward, *others = example_calls(model) if given is None else [Call("forward", ({},), given)]
-    errors: list[Exception] = []
+    furthest: Exception | None = None
+    most = -1
     with _traceable(model):
         besides = [(call, _chosen(model, call)) for call in others]
         for arguments in forward.alternatives:
             tracer, error = _traced(model, partial(_run_all, model, [(forward, arguments), *besides]))
             if error is None:
                 return tracer
-            errors.append(error)
+            if len(tracer.uses) > most:
+                furthest, most = error, len(tracer.uses)
     raise InputError(
         f"expected a model whose forward runs on the meta device, found that {type(model).__name__}'s does not "
-        f"({type(errors[0]).__name__}: {errors[0]}); pass example_inputs that it accepts, or report the model"
-    ) from errors[0]
+        f"({type(furthest).__name__}: {furthest}); pass example_inputs that it accepts, or report the model"
+    ) from furthest
 
 
 def _traced(model: nn.Module, calls: Callable[[Tracer], Any]) -> tuple[Tracer, Exception | None]:
@@ -79,14 +81,17 @@ def _traced(model: nn.Module, calls: Callable[[Tracer], Any]) -> tuple[Tracer, E
     state = {f"model.{name}": tensor for name, tensor in {**parameters, **buffers}.items()}
     tracer = Tracer(model, parameters)
     run = partial(torch.func.functional_call, _Runner(model), state, (lambda: calls(tracer),))
-    try:
-        tracer.run(run)
-    except Exception as error:
-        return tracer, error
-    for tracer.guess in GUESSES[1:] if tracer.guessed else ():
-        with contextlib.suppress(Exception):  # a guess may be out of bounds; what it showed before counts
+    first: Exception | None = None
+    worked = False
+    for tracer.guess in GUESSES:
+        try:
             tracer.run(run)
-    return tracer, None
+            worked = True
+        except Exception as error:  # a guess may be out of bounds; what was seen before that counts
+            first = first or error
+        if not (tracer.guess_matters if worked else tracer.guessed):
+            break
+    return tracer, None if worked else first
 
 
 class _Runner(nn.Module):

@@ -8,7 +8,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from flashnorm.trace.values import (
     LOST,
     PLAIN,
     UNKNOWN,
+    ZERO,
     Value,
     View,
     along,
@@ -25,6 +26,7 @@ from flashnorm.trace.values import (
     collapse,
     constant_along,
     constant_except,
+    without_zeros,
 )
 
 if TYPE_CHECKING:
@@ -174,7 +176,7 @@ def _join(call: Call) -> Value:
     gains: dict[str, Tensor] = {}
     for gain in dict.fromkeys(gain for value in values for gain in value.gains):
         indices = [
-            value.gains.get(gain, torch.tensor(UNKNOWN).expand(tensor.shape))
+            value.gains.get(gain, torch.tensor(ZERO if value.zero else UNKNOWN).expand(tensor.shape))
             for tensor, value in zip(tensors, values, strict=True)
         ]
         gains[gain] = call.func(indices, *call.args[1:], **call.kwargs)
@@ -185,7 +187,7 @@ def _pad(call: Call) -> Value:
     value = call.value(call.args[0])
     if value.tracked and (value.view or call.argument(2, "value", 0) != 0):
         raise UnknownError
-    return _moved(value, lambda index: aten.constant_pad_nd(index, call.args[1], UNKNOWN))
+    return _moved(value, lambda index: aten.constant_pad_nd(index, call.args[1], ZERO))
 
 
 def _select_by_index(call: Call) -> Value:
@@ -337,22 +339,23 @@ def _add(call: Call) -> Value:
     call.use(a, b)
     gains = {}
     for gain in {**a.gains, **b.gains}:
-        if gain not in a.gains or gain not in b.gains:
+        if any(gain not in value.gains and not value.zero for value in (a, b)):
             call.escape(gain, UNKNOWN_OPERATOR if a.unknown or b.unknown else _WITHOUT)
             continue
-        left, right = (value.gains[gain].broadcast_to(call.out.shape) for value in (a, b))
+        left, right = (value.gains.get(gain, torch.tensor(ZERO)).broadcast_to(call.out.shape) for value in (a, b))
+        left, right = torch.where(left == ZERO, right, left), torch.where(right == ZERO, left, right)
         if torch.equal(left, right):
             gains[gain] = left
         else:
             call.escape(gain, _DIFFERENT)
-    return Value(gains=gains, statistic=a.statistic or b.statistic)
+    return Value(gains=gains, statistic=a.statistic or b.statistic, zero=a.zero and b.zero)
 
 
 def _masked_fill(call: Call) -> Value:
     value = call.value(call.args[0])
     if value.tracked and (value.view or call.args[2] != 0):
         raise UnknownError
-    return replace(value, gains=_broadcast(call, dict(value.gains)))
+    return replace(value, gains=_broadcast(call, dict(value.gains)), zero=value.zero and call.args[2] == 0)
 
 
 def _reduce(call: Call) -> Value:
@@ -455,6 +458,7 @@ def _contract(
     """The gains of one side of a contraction over its `dim`: returned if they come out, else folded or stopped."""
     carried, folding = {}, {}
     for gain, index in moving.gains.items():
+        index = without_zeros(index, dim)
         if gain in other.gains:
             call.escape(gain, _TWICE)
         elif other.view and constant_except(index, dim):
@@ -466,7 +470,7 @@ def _contract(
     if other.view and folding:
         shifts = {name: along(index, dim) for name, index in moving.shifts.items() if constant_except(index, dim)}
         _fold_site(call, other.view, other_dim, folding, shifts, bias)
-    else:
+    elif not moving.zero:
         call.use(other, reason=_NO_GAIN)
     return carried
 
@@ -500,7 +504,7 @@ def _fold_site(
     touched[positions] = True
 
     def by_position(index: Tensor) -> Tensor:
-        channels = torch.full((size,), UNKNOWN)
+        channels, index = torch.full((size,), UNKNOWN), index.clamp(min=UNKNOWN)
         channels[positions] = index
         if not torch.equal(channels[positions], index):
             raise UnknownError  # one weight element meets two channels of the gain
@@ -523,8 +527,9 @@ def _mm(call: Call) -> Value:
 
 def _addmm(call: Call) -> Value:
     """`bias + a @ b`."""
-    bias, weight = call.value(call.args[0]), call.value(call.args[2])
+    bias, activation, weight = (call.value(argument) for argument in call.args[:3])
     added_to = weight.view and bias.view and _is_bias_of(call, bias.view, weight.view) and weight.view.name
+    added_to = None if activation.zero else added_to
     if added_to and bias.view:
         call.tracer.note_addition(bias.view.name, added_to, call)
     else:
@@ -559,6 +564,7 @@ def _convolution(call: Call) -> Value:
     channels, filters = call.args[0].shape[1], call.args[1].shape[0]
     folding = {}
     for gain, index in activation.gains.items():
+        index = without_zeros(index, 1)
         if not constant_except(index, 1) or not weight.view:
             raise UnknownError
         folding[gain] = along(index, 1)
@@ -595,6 +601,10 @@ def _independent(call: Call) -> Value:
     return PLAIN
 
 
+def _zeros(call: Call) -> Value:
+    return Value(zero=True)
+
+
 def _aten(names: str) -> list[Any]:
     """ATen operators by their names; those that this PyTorch does not have cannot be met."""
     return [getattr(aten, name) for name in names.split() if hasattr(aten, name)]
@@ -620,9 +630,8 @@ _NON_LINEAR_OPERATORS = _STATISTICS + _aten(
     "_softmax _log_softmax _safe_softmax pow square reciprocal cos sin erf clamp clamp_min clamp_max maximum minimum "
     "amax amin max min argmax argmin topk sort argsort floor ceil round var var_mean std eq ne lt le gt ge isnan isinf"
 )
-_INDEPENDENT = _aten(
-    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty"
-)
+_INDEPENDENT = _aten("ones_like full_like empty_like rand_like randn_like new_ones new_full new_empty")
+_ZEROS = _aten("zeros zeros_like new_zeros")
 
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(_SAME, _same),
@@ -645,25 +654,41 @@ RULES: dict[Any, Rule] = {
     aten.convolution: _convolution,
     **dict.fromkeys(_NON_LINEAR_OPERATORS, _non_linear),
     **dict.fromkeys(_INDEPENDENT, _independent),
+    **dict.fromkeys(_ZEROS, _zeros),
 }
 
 
-# Numbers to answer questions with that a meta tensor cannot answer. The code behind a question may take one path of
-# several: a trace goes over all of these answers, and what any of them shows counts.
-GUESSES = (1, 0, 2**31 - 1)
+class Guess(NamedTuple):
+    """Answers to questions that a meta tensor cannot answer.
+
+    Attributes:
+        number: the value of an element; whatever is not zero is also true, or equal.
+        all_hits: no element of a tensor is zero: code that goes through the hits (experts that have tokens, say) then
+            goes through them all. Else there are as many hits, at unknown places.
+    """
+
+    number: int
+    all_hits: bool
 
 
-def _item(guess: int, tensor: Tensor) -> bool | int | float:
-    return guess != 0 if tensor.dtype == torch.bool else float(guess) if tensor.dtype.is_floating_point else guess
+# The code behind a question may take one path of several: a trace goes over all of these, and what any shows counts.
+GUESSES = (Guess(1, True), Guess(1, False), Guess(0, True), Guess(2**31 - 1, False))
 
 
-def _equal(guess: int, a: Tensor, b: Tensor) -> bool:
-    return guess != 0
+def _item(guess: Guess, tensor: Tensor) -> bool | int | float:
+    if tensor.dtype == torch.bool:
+        return bool(guess.number)
+    return float(guess.number) if tensor.dtype.is_floating_point else guess.number
 
 
-def _nonzero(guess: int, tensor: Tensor) -> Tensor:
-    """As if every element were a hit: code that goes through the hits (of experts, say) then goes through them all."""
-    return torch.ones(tensor.shape, dtype=torch.bool, device="cpu").nonzero()
+def _equal(guess: Guess, a: Tensor, b: Tensor) -> bool:
+    return bool(guess.number)
+
+
+def _nonzero(guess: Guess, tensor: Tensor) -> Tensor:
+    if guess.all_hits:
+        return torch.ones(tensor.shape, dtype=torch.bool, device="cpu").nonzero()
+    return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device=tensor.device)
 
 
 ANSWERS: dict[Any, Callable[..., Any]] = {

@@ -10,7 +10,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -76,8 +76,8 @@ class Tracer(TorchDispatchMode):
     Attributes:
         uses: parameter -> its uses, other than as a gain.
         gains: parameter -> what is known of it as a gain, in the order in which the model uses them.
-        guess: the answer to questions about values, see `rules.GUESSES`.
-        guessed: such a question was asked when a gain was under way, so that the answer may matter.
+        guess: the answers to questions about values.
+        guessed, guess_matters: such a question was asked; and a gain was under way.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
@@ -85,7 +85,7 @@ class Tracer(TorchDispatchMode):
         self.uses: dict[str, list[Use]] = defaultdict(list)
         self.gains: dict[str, Gain] = defaultdict(Gain)
         self.guess = rules.GUESSES[0]
-        self.guessed = False
+        self.guessed = self.guess_matters = False
         self._model = model
         self._stack: list[str] = []
         self._values: dict[int, Value] = {}
@@ -116,7 +116,8 @@ class Tracer(TorchDispatchMode):
         if answer is None:
             out = func(*args, **kwargs)
         else:
-            self.guessed |= bool(self.gains)
+            self.guessed = True
+            self.guess_matters |= bool(self.gains)
             out = answer(self.guess, *args)
         self._record(rules.Call(self, func, args, kwargs, out))
         return out
@@ -125,6 +126,8 @@ class Tracer(TorchDispatchMode):
         values = call.propagate()
         outputs = [leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)]
         mutable = call.func._schema.is_mutable
+        if mutable:
+            self._no_longer_zero(call)
         for tensor, value in zip(outputs, values, strict=True):
             before = self.value_of(tensor) if mutable else PLAIN
             if mutable and (before.tracked or value.tracked) and len(self._storages[_storage(tensor)]) > 1:
@@ -134,6 +137,13 @@ class Tracer(TorchDispatchMode):
                 )
                 value = PLAIN
             self._set(tensor, value)
+
+    def _no_longer_zero(self, call: rules.Call) -> None:
+        """Whatever shares memory with what is written to."""
+        for leaf in tree_leaves((call.args, call.kwargs)):
+            for alias in self._storages.get(_storage(leaf), ()) if isinstance(leaf, Tensor) else ():
+                if self._values[id(alias)].zero:
+                    self._values[id(alias)] = replace(self._values[id(alias)], zero=False)
 
     def value_of(self, tensor: Tensor) -> Value:
         """What is known of a tensor; one that the tracer has not seen is a constant, unless it shares memory."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 UNKNOWN = -1  # an index that the trace cannot know, or a channel that carries no gain
+ZERO = -2  # an element that is zero by construction (padding, say), and so carries any gain
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Value:
         shifts: norm bias -> the same; only as long as the tensor is moved and nothing else.
         normalised: it has been divided by a root mean square or a norm, or is the tanh of a DyT.
         statistic: it is such a divisor (or its reciprocal).
+        zero: it is zero by construction.
         unknown: an operator without a rule made it of something tracked, so nothing can be said of what it holds.
     """
 
@@ -77,6 +79,7 @@ class Value:
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
     normalised: bool = False
     statistic: bool = False
+    zero: bool = False
     unknown: bool = False
 
     @property
@@ -99,7 +102,7 @@ def _written_once(index: Tensor) -> Tensor:
 
 def carries(index: Tensor) -> bool:
     """Whether any element carries a gain at all."""
-    return bool((_written_once(index) != UNKNOWN).any())
+    return bool((_written_once(index) >= 0).any())
 
 
 def constant_along(index: Tensor, dims: int | tuple[int, ...]) -> bool:
@@ -113,6 +116,15 @@ def constant_except(index: Tensor, dim: int) -> bool:
     """Whether the index varies along `dim` alone."""
     dim %= index.dim()
     return constant_along(index, tuple(other for other in range(index.dim()) if other != dim))
+
+
+def without_zeros(index: Tensor, dim: int) -> Tensor:
+    """The index with its zeros taken for whatever the others at the same place of `dim` are."""
+    if not (_written_once(index) == ZERO).any():
+        return index
+    others = tuple(other for other in range(index.dim()) if other != dim % index.dim())
+    line = index.amax(others, keepdim=True) if others else index
+    return torch.where(index == ZERO, line, index)
 
 
 def along(index: Tensor, dim: int) -> Tensor:
