@@ -191,13 +191,15 @@ def checkpoint_plan(
                     )
                 segments = segments_of(channels, size)
                 gains[tensor].append(GainUse(norm, fold.offset, segments))
-                if tied and tensor not in tensors and linear.name in tied:
-                    result.untied[tensor] = next(iter(names.views(tied[linear.name])))
                 if linear.bias is not None and fold.bias is not None:
                     for bias, bias_view in _biases_beside(names, linear, tensor, view).items():
                         if weights.setdefault(bias, tensor) == tensor:  # else W is stored twice
                             result.shapes[bias] = bias_view.stored_shape
                             shifts[bias].append(ShiftUse(names.copies(fold.bias)[0], segments))
+    for name, stored in (tied or {}).items():
+        if model.get_parameter(name) is not model.get_parameter(stored):  # else it is tied in another way as well
+            source = next(iter(names.views(stored)))
+            result.untied.update({tensor: source for tensor in names.views(name) if tensor not in tensors})
     result.folds.update({tensor: TensorFold(axes[tensor], tuple(uses)) for tensor, uses in gains.items()})
     for bias, uses in shifts.items():
         result.biases[bias] = BiasFold(weights[bias], axes[weights[bias]], tuple(uses))

@@ -91,6 +91,8 @@ def example_calls(model: nn.Module) -> list[Call]:
             f"{', '.join(sorted(needed))}: pass example_inputs"
         )
     methods = [name for name in dir(type(model)) if _FEATURES.fullmatch(name)]
+    if any(getattr(part, "use_cache", False) for _, part in _parts(model.config, "")):
+        least, most = (_without_cache(model.forward, alternatives) for alternatives in (least, most))
     calls = [Call("forward", (*least, *most))]
     calls += [Call(name, tuple(_alternatives(getattr(model, name), kinds))) for name in methods]
     shown = {"text", *needs, *(name.split("_")[1] for name in methods)}
@@ -111,7 +113,6 @@ def _alternatives(method: Callable[..., Any], kinds: Mapping[str, Sequence[_Layo
     """Every combination of layouts, one of each kind, that has all that the method insists on."""
     names, required = inspect.signature(method).parameters, _required(method)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
-    settings: Arguments = {"use_cache": False} if "use_cache" in names else {}
     options: list[list[Arguments]] = []
     for kind, layouts in kinds.items():
         fitting: list[Arguments] = []
@@ -129,7 +130,20 @@ def _alternatives(method: Callable[..., Any], kinds: Mapping[str, Sequence[_Layo
         arguments = {name: tensor for part in parts for name, tensor in part.items()}
         if required <= arguments.keys():
             found.setdefault(frozenset((name, id(tensor)) for name, tensor in arguments.items()), arguments)
-    return [arguments | settings for arguments in itertools.islice(found.values(), _MOST_ALTERNATIVES)]
+    return list(itertools.islice(found.values(), _MOST_ALTERNATIVES))
+
+
+def _without_cache(forward: Callable[..., Any], alternatives: list[Arguments]) -> list[Arguments]:
+    """The same without a cache, which would only hide what becomes of what is written into it.
+
+    A forward may pass what it does not know on to its language model, but also to one that does not know it either.
+    """
+    parameters = inspect.signature(forward).parameters
+    without: list[Arguments] = [{**arguments, "use_cache": False} for arguments in alternatives]
+    if "use_cache" in parameters:
+        return without
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return without + alternatives if takes_any else alternatives
 
 
 # --- layouts

@@ -1,0 +1,56 @@
+"""Every causal language model type that transformers knows: a tiny model with random weights, and how to run it."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from architectures.configs import VOCABULARY, tiny_config
+from flashnorm.trace.models import model_class
+
+LARGEST = 60_000_000  # parameters; more is not tiny, and takes too long
+
+
+def model_types() -> list[str]:
+    """All of them, in order."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def build(model_type: str) -> PreTrainedModel:
+    """A model in float64 with random weights; gains are far from one, some of them negative.
+
+    Raises:
+        ValueError: it is not tiny. And whatever the type's classes raise.
+    """
+    config = tiny_config(model_type)
+    of_class = model_class(config)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in of_class._from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size} parameters in what should be tiny")
+    model = of_class._from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            # Short numbers: their products are exact in float32 as well, which some models insist on for some weights.
+            parameter.copy_((0.7 + 0.5 * noise if parameter.dim() == 1 else 0.2 * noise).bfloat16())
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # as transformers may make it when it loads a model
+    return model.double()
+
+
+def run(model: PreTrainedModel, seed: int = 1) -> Tensor:
+    """All outputs for random tokens, flat. Experts run one after the other: the grouped kernels have no float64."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
+    # A cache is the model's own affair: what RWKV keeps in it is scaled as the folded model wants it.
+    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=ids, **settings)
+    leaves = tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
+    return torch.cat([one.flatten() for one in leaves if isinstance(one, Tensor) and one.is_floating_point()])

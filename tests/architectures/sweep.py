@@ -1,0 +1,295 @@
+"""Folds and proves a tiny model of every architecture that transformers knows, and writes what it found as a table.
+
+* One row for each model type: plan; fold in memory; a checkpoint converted in each form, loaded by `flashnorm.load` and
+  by plain transformers. All outputs are compared with the source's in float64.
+* A norm that is kept is proven to be impossible by `proof.py`, or it is a gap.
+* `make architectures` writes `docs/architectures.md`; a test compares the two.
+"""
+
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import flashnorm
+from architectures import causal, families
+from architectures.proof import prove
+from flashnorm.errors import InputError, brief
+from flashnorm.plan import FoldPlan
+from flashnorm.verify.float64 import float64_everywhere
+
+TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
+
+TOLERANCE = 1e-10  # relative to the largest output
+EXACT, NOTHING, GAP, WRONG, NOT_BUILT = STATUSES = ("exact", "nothing folds", "gap", "WRONG", "not built")
+PROVEN = ("impossible", "no effect", "possible by division")
+
+EXPLANATION = """\
+A tiny model of every model type that Transformers has, with random weights, gains far from one:
+
+* *norms* that it has, *folded* by the plan; those *kept*, why, and how many of them are *proven* by numbers to be
+  impossible: no weights of the model can take the gain, whatever its code looks like (`tests/architectures/proof.py`).
+* *checkpoint forms* that were converted, verified bit for bit, and loaded by `flashnorm.load` and by plain
+  Transformers: without the norms' weights, with them *kept* at the identity, with the output head *untied*.
+* *error*: the largest difference of any output from the source's, in float64, relative to the largest output; over all
+  of these and the model folded in memory. 1e-10 is the limit.
+* *exact*: all of that holds. *nothing folds*: no norm has weights that could take its gain. *gap*: something is left to
+  do, see the note. *not built*: Transformers could not build or run the tiny model.
+"""
+
+
+# The families whose rows are in the table.
+TABLED = ("causal-lm",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the sweep found about a model type.
+
+    Attributes:
+        norms, folded: how many the tiny model has, and how many of them fold.
+        kept: why others stay -> how many.
+        proven: how many of the kept norms the numbers prove to be impossible.
+        forms: the checkpoint forms that were converted and loaded in both ways.
+        error: the largest difference of any output from the source's, relative to the largest output.
+        status: one of the constants above.
+        note: what is to be said besides.
+    """
+
+    model_type: str
+    norms: int = 0
+    folded: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+    proven: int = 0
+    forms: tuple[str, ...] = ()
+    error: float = 0.0
+    status: str = NOT_BUILT
+    note: str = ""
+
+    def cells(self) -> list[str]:
+        """The row of the table; the error is the last cell but two."""
+        kept = "; ".join(f"{count}: {reason}" for reason, count in self.kept.items())
+        proven = f"{self.proven} of {sum(self.kept.values())}" if self.kept else ""
+        error = f"{self.error:.0e}" if self.status in (EXACT, NOTHING, GAP, WRONG) else ""
+        return [
+            self.model_type,
+            str(self.norms),
+            str(self.folded),
+            _cell(kept),
+            proven,
+            ", ".join(self.forms),
+            error,
+            self.status,
+            _cell(self.note),
+        ]
+
+
+HEADINGS = ["type", "norms", "folded", "kept, and why", "proven", "checkpoint forms", "error", "status", "note"]
+ERROR, STATUS = HEADINGS.index("error"), HEADINGS.index("status")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Model types of one kind, and how to make and run a tiny model of each."""
+
+    title: str
+    model_types: Callable[[], list[str]]
+    build: Callable[[str], PreTrainedModel]
+    run: Callable[[PreTrainedModel, int], Tensor]
+
+
+TITLES = {
+    "image-text-to-text": "Image-text-to-text models",
+    "seq2seq": "Encoder-decoder models",
+    "speech-seq2seq": "Speech encoder-decoder models",
+    "masked-lm": "Masked language models",
+    "plain": "Embedding, vision and other plain models",
+}
+FAMILIES = {"causal-lm": Family("Causal language models", causal.model_types, causal.build, causal.run)}
+FAMILIES |= {
+    name: Family(title, partial(families.model_types, name), partial(families.build, name), families.run)
+    for name, title in TITLES.items()
+}
+
+
+def examine(name: str, model_type: str) -> Row:
+    """Everything about one model type of a family. Never raises; the row says what went wrong."""
+    family = FAMILIES[name]
+    _quiet()
+    try:
+        model = family.build(model_type)
+        before = outputs(family, model)
+    except Exception as error:
+        return Row(model_type, note=_what(error))
+    try:
+        plan = flashnorm.plan(model)
+    except InputError as error:
+        return Row(model_type, status=GAP, note=_what(error))
+    proofs = prove(model, plan, family.run)
+    row = Row(
+        model_type=model_type,
+        norms=plan.norms,
+        folded=len(plan.folds),
+        kept=dict(Counter(_short(kept.reason) for kept in plan.kept.values())),
+        proven=sum(proof.verdict in PROVEN for proof in proofs.values()),
+    )
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):  # float64 is for all of it
+            type(part)._keep_in_fp32_modules = type(part)._keep_in_fp32_modules_strict = None
+    try:
+        forms, error = _round_trips(family, model, plan)
+        if plan.folds:
+            error = max(error, difference(before, outputs(family, flashnorm.fold_(model))))
+    except Exception as error:
+        return replace(row, status=GAP, note=_what(error))
+    row = replace(row, forms=tuple(forms), error=error)
+    if not error <= TOLERANCE:
+        return replace(row, status=WRONG)
+    open_questions = [f"{proof.norm} is {proof.verdict}" for proof in proofs.values() if proof.verdict not in PROVEN]
+    if open_questions:
+        return replace(row, status=GAP, note=_short("; ".join(open_questions)))
+    return replace(row, status=EXACT if forms else NOTHING)
+
+
+def _round_trips(family: Family, model: PreTrainedModel, plan: FoldPlan) -> tuple[list[str], float]:
+    """Save, convert in every form, load in both ways: the forms, and the largest error."""
+    forms: dict[str, dict[str, bool]] = {"weightless": {}, "kept": {"keep_norms": True}} if plan.folds else {}
+    if any(kept.reason.startswith("tied") for kept in plan.kept.values()):
+        forms["untied"] = {"untie": True}
+    largest = 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "source"
+        model.save_pretrained(source)
+        before = outputs(family, type(model).from_pretrained(source, dtype=torch.float64).double())
+        for form, options in list(forms.items()):
+            target = Path(scratch) / form
+            try:
+                flashnorm.convert(source, target, **options)
+            except InputError:
+                if form != "untied":
+                    raise
+                del forms[form]  # the tied norm does not fold with a head of its own either
+                continue
+            report = flashnorm.verify(source, target, weights_only=True)
+            if not report.ok:
+                raise ValueError(f"{form}: {report}")
+            for load in (flashnorm.load, type(model).from_pretrained):
+                found = outputs(family, load(target, dtype=torch.float64).double())
+                largest = max(largest, difference(before, found))
+    return list(forms), largest
+
+
+def outputs(family: Family, model: PreTrainedModel) -> Tensor:
+    """All outputs for random inputs, in float64 throughout."""
+    with torch.no_grad(), float64_everywhere():
+        return family.run(model, 1)
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, relative to the largest number expected. What is infinite or NaN must be so in both."""
+    finite = expected.isfinite()
+    if found.shape != expected.shape or not torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num()):
+        return math.inf
+    return float((found - expected)[finite].abs().max() / expected[finite].abs().max())
+
+
+def _short(reason: str) -> str:
+    reason = "tied" if reason.startswith("tied") else reason
+    return re.sub(r"\.\d+\.", ".*.", reason)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def _what(error: Exception) -> str:
+    return _cell(f"{type(error).__name__}: {brief(error)}"[:200])
+
+
+def _quiet() -> None:
+    """Without the remarks and progress bars of libraries."""
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+
+
+def _timed(job: tuple[str, str]) -> tuple[str, Row, float]:
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    return job[0], examine(*job), time.monotonic() - started
+
+
+def main() -> None:
+    """Examine everything and write the table; or only the families that are named, and print it."""
+    names = sys.argv[1:] or list(TABLED)
+    jobs = [(name, model_type) for name in names for model_type in FAMILIES[name].model_types()]
+    rows: dict[str, list[Row]] = {name: [] for name in names}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for number, (name, row, seconds) in enumerate(pool.map(_timed, jobs), 1):
+            rows[name].append(row)
+            print(f"[{number}/{len(jobs)}] {seconds:5.1f} s  {' | '.join(row.cells())}", file=sys.stderr, flush=True)
+    if sys.argv[1:]:
+        print(document(rows))
+    else:
+        TABLE.write_text(document(rows))
+
+
+def document(rows: Mapping[str, Sequence[Row]]) -> str:
+    """The whole of `docs/architectures.md`."""
+    lines = [
+        "# Architectures",
+        "",
+        "Written by `make architectures`; a test compares it with a new run. "
+        f"Transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}.",
+        "",
+        *EXPLANATION.splitlines(),
+        "",
+        *_table(["family", "types", *STATUSES]),
+    ]
+    for name, found in rows.items():
+        counts = Counter(row.status for row in found)
+        lines.append(line([FAMILIES[name].title, str(len(found)), *(str(counts[status]) for status in STATUSES)]))
+    for name, found in rows.items():
+        lines += ["", f"## {FAMILIES[name].title}", "", *_table(HEADINGS)]
+        lines += [line(row.cells()) for row in found]
+    return "\n".join(lines) + "\n"
+
+
+def read_document(text: str) -> tuple[dict[tuple[str, str], list[str]], str]:
+    """Back from `document`: `(family, type)` -> the row's cells, and the version of transformers."""
+    version = text.partition("Transformers ")[2].partition(",")[0]
+    names = {f"## {family.title}": name for name, family in FAMILIES.items()}
+    cells: dict[tuple[str, str], list[str]] = {}
+    name = ""
+    for read in text.splitlines():
+        name = names.get(read, name)
+        row = [cell.strip() for cell in read.removeprefix("|").removesuffix("|").split("|")]
+        if name and len(row) == len(HEADINGS) and row[0] not in (HEADINGS[0], "---"):
+            cells[name, row[0]] = row
+    return cells, version
+
+
+def _table(headings: Sequence[str]) -> list[str]:
+    return [line(headings), line(["---"] * len(headings))]
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

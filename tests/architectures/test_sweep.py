@@ -1,0 +1,36 @@
+"""Every model type that transformers knows, examined again: `docs/architectures.md` says what is so.
+
+With another transformers than the table's, types may have come and gone; then only a wrong fold fails.
+"""
+
+import pytest
+import transformers
+
+from architectures import sweep
+
+COMMITTED, VERSION = sweep.read_document(sweep.TABLE.read_text())
+TYPES = [(name, model_type) for name in sweep.TABLED for model_type in sweep.FAMILIES[name].model_types()]
+
+
+@pytest.mark.parametrize(("name", "model_type"), TYPES)
+def test_the_table_says_what_is_found(name: str, model_type: str) -> None:
+    row = sweep.examine(name, model_type)
+    found = row.cells()
+    assert row.status != sweep.WRONG, found
+    if transformers.__version__ != VERSION:
+        return
+    expected = COMMITTED[name, model_type]
+    for cells in (found, expected):
+        cells[sweep.ERROR] = ""  # differs between machines, up to the limit that makes a type wrong
+    assert found == expected, "run `make architectures`"
+
+
+@pytest.mark.skipif(transformers.__version__ != VERSION, reason="another transformers than the table's")
+def test_the_table_has_every_type_and_right_totals() -> None:
+    assert COMMITTED.keys() == set(TYPES)
+    text = sweep.TABLE.read_text()
+    for name in sweep.TABLED:
+        family = sweep.FAMILIES[name]
+        rows = [cells for (of, _), cells in COMMITTED.items() if of == name]
+        counts = [sum(cells[sweep.STATUS] == status for cells in rows) for status in sweep.STATUSES]
+        assert sweep.line([family.title, str(len(rows)), *map(str, counts)]) in text
