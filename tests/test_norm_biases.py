@@ -169,6 +169,28 @@ def test_shared_parameters(kind: str, norms: int, leaving: int) -> None:
         folded(model)
 
 
+class TwoNames(nn.Module):
+    """One norm module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.LayerNorm(N)
+        self.up, self.down = nn.Linear(N, N), nn.Linear(N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.second(torch.tanh(self.up(self.first(x)))))
+
+
+def test_a_norm_module_with_two_names() -> None:
+    model = randomised(TwoNames())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flashnorm.plan(model, (x(),))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert folded(model).folds[0].bias_leaves
+    assert type(model.first) is nn.LayerNorm
+    assert not list(model.first.parameters())
+
+
 class Scaled(nn.Module):
     """A norm whose output is scaled before the linear: the gain passes, the bias does not go into the linear's."""
 
@@ -186,12 +208,13 @@ def test_a_scaled_bias_stays() -> None:
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
-    return tiny.model(tiny.config(model_type, n_embd=64, n_head=4, n_layer=2, n_inner=96, tie_word_embeddings=False))
+    config = tiny.config(model_type, n_embd=64, n_head=4, n_layer=2, n_inner=96, tie_word_embeddings=False)
+    return tiny.model(config, torch.float64)
 
 
 def outputs(model: PreTrainedModel) -> Tensor:
     with torch.no_grad(), float64_everywhere():
-        return model.double()(input_ids=tiny.ids()).logits
+        return model(input_ids=tiny.ids()).logits
 
 
 @pytest.fixture(params=["gpt2", "stablelm", "phi", "nemotron"])
@@ -202,16 +225,26 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("keep_norms", [False, True])
 def test_a_checkpoint_goes_round(source: Path, tmp_path: Path, keep_norms: bool) -> None:
-    expected = outputs(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    expected = outputs(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64))
     result = flashnorm.convert(source, tmp_path / "out", keep_norms=keep_norms)
     assert result.norms == result.plan.norms == (3 if result.plan.model_type == "phi" else 5)
     report = flashnorm.verify(source, tmp_path / "out", weights_only=True)
     assert report.ok, str(report)
     for model in (
-        flashnorm.load(tmp_path / "out", dtype=torch.float32),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32),
+        flashnorm.load(tmp_path / "out", dtype=torch.float64),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64),
     ):
-        assert (outputs(model) - expected).abs().max() < 1e-5 * expected.abs().max()  # weights rounded to float32
+        assert (outputs(model) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("model_type", ["gpt2", "stablelm", "nemotron"])
+def test_narrow_biases_are_rounded_once(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "source", tiny_model(model_type).to(dtype))
+    flashnorm.convert(source, tmp_path / "out")
+    report = flashnorm.verify(source, tmp_path / "out", weights_only=True)
+    assert report.ok, str(report)
+    assert report.weights.biases == 5
 
 
 def test_what_is_written_is_what_folds_in_memory(source: Path, tmp_path: Path) -> None:
@@ -229,7 +262,7 @@ def test_a_wrong_bias_is_found(source: Path, tmp_path: Path) -> None:
     changed = fold.linears[0].bias or fold.bias
     tensors = load_file(out / "model.safetensors")
     assert changed is not None
-    tensors[changed].view(torch.int32)[1] += 1
+    tensors[changed].view(torch.int64)[1] += 1
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     report = flashnorm.verify(source, out, weights_only=True)
     found = {finding.name: finding for finding in report.weights.findings}
@@ -250,6 +283,6 @@ def test_zero_gains_keep_a_norm_of_a_checkpoint(tmp_path: Path) -> None:
     listed = json.loads((tmp_path / "out" / "config.json").read_text())["flashnorm"]["weightless"]
     assert len(listed) == 4
     assert flashnorm.verify(source, tmp_path / "out", weights_only=True).ok
-    expected = outputs(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
-    found = outputs(flashnorm.load(tmp_path / "out", dtype=torch.float32))
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    expected = outputs(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64))
+    found = outputs(flashnorm.load(tmp_path / "out", dtype=torch.float64))
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()

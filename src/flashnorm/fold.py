@@ -120,21 +120,21 @@ def fold_bias(bias: Tensor, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor
     """
     for tensor in (bias, *itertools.chain(*products)):
         _check_dtype(tensor)
+    wide = [(weight.double(), beta.double()) for weight, beta in products]
     total, magnitude, terms = bias.double(), bias.double().abs(), 1
-    for weight, beta in products:
-        total = total + weight.double() @ beta.double()
-        magnitude = magnitude + weight.double().abs() @ beta.double().abs()
-        terms += 2 * weight.shape[1]
+    for weight, beta in wide:
+        total = total + weight @ beta
+        magnitude = magnitude + weight.abs() @ beta.abs()
+        terms += 2 * len(beta)
     # A float64 sum is off by at most about `terms` half units in the last place of the sum of magnitudes; a product of
     # two float64 numbers, by one more, and by what is lost below the normal numbers.
     bound = magnitude * (terms * torch.finfo(torch.float64).eps) + terms * torch.finfo(torch.float64).tiny
     low, high = (_round(total - bound, bias.dtype), _round(total + bound, bias.dtype))
     rounded = _round(total, bias.dtype) + 0.0  # turns -0 into +0
-    doubtful = ((low != high) & total.isfinite()).nonzero().flatten()
-    if bias.dtype == torch.float64:
-        doubtful = total.isfinite().nonzero().flatten()
+    always = bias.dtype == torch.float64  # a float64 sum is no wider than what it is rounded to
+    doubtful = (((low != high) | always) & total.isfinite()).nonzero().flatten()
     if doubtful.numel():
-        parts = [_two_product(weight[doubtful].double(), beta.double()) for weight, beta in products]
+        parts = [_two_product(weight[doubtful], beta) for weight, beta in wide]
         rows = torch.cat([bias[doubtful, None].double(), *itertools.chain(*parts)], dim=1)
         rounded[doubtful] = _round_sums(rows, bias.dtype)
     return rounded

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import flashnorm
 from architectures.families import build
@@ -78,7 +79,7 @@ def test_the_forward_comes_first() -> None:
 
 class TestMixedDevices:
     def test_numbers_stay_known_on_the_meta_device(self) -> None:
-        with MixedDevices():
+        with MixedDevices(True, lambda: None):
             sizes = torch.tensor([[1, 2, 3], [1, 4, 5]]).to(META)
             assert sizes.prod(-1).tolist() == [6, 20]
             sizes += 1
@@ -86,7 +87,7 @@ class TestMixedDevices:
             assert int(sizes.max()) == 6
 
     def test_together_with_unknown_numbers_they_are_unknown(self) -> None:
-        with MixedDevices():
+        with MixedDevices(True, lambda: None):
             sizes = torch.tensor([1, 2]).to(META)
             alias = sizes.view(2, 1)
             sizes += torch.ones(2, dtype=torch.long, device=META)
@@ -95,11 +96,32 @@ class TestMixedDevices:
                 alias.tolist()
 
     def test_unknown_numbers_are_not_written_into_known_ones(self) -> None:
-        with MixedDevices(), pytest.raises(NotImplementedError, match="without values"):
+        with MixedDevices(True, lambda: None), pytest.raises(NotImplementedError, match="without values"):
             torch.ones(2).add_(torch.ones(2, device=META))
 
-    def test_comparisons_are_true(self) -> None:
-        with MixedDevices():
-            real = (torch.ones(2, 3, device=META) == 0).sum(-1) != 3
-            assert real.sum().tolist() == 2
-            assert (real.view(1, 2) & True).tolist() == [[True, True]]
+    @pytest.mark.parametrize("guess", [True, False])
+    def test_comparisons_are_guessed_and_that_is_noted(self, guess: bool) -> None:
+        asked: list[bool] = []
+        with MixedDevices(guess, lambda: asked.append(guess)):
+            real = torch.ones(2, 3, device=META) == 0
+            assert not asked
+            assert real.sum().tolist() == 6 * guess
+            assert (real.view(1, 6) & True).tolist() == [[guess] * 6]
+        assert len(asked) == 2
+
+
+class Chooses(nn.Module):
+    """Takes another path through its code where some number of an activation is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.RMSNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return self.linear(h) if (x > 0).flatten().tolist()[0] else h
+
+
+def test_both_paths_of_a_choice_by_numbers_count() -> None:
+    plan = flashnorm.plan(Chooses(), (torch.zeros(2, 6),))
+    assert plan.kept["norm.weight"].reason == "it is an output of the model"

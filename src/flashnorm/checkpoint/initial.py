@@ -5,11 +5,14 @@ class that stores `w` and multiplies by `1 + w`, that is zero; some model classe
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from flashnorm.trace.models import on_meta
 
 
 def wrongly_initialised(model: PreTrainedModel, identities: Mapping[str, float]) -> set[str]:
@@ -24,34 +27,29 @@ def wrongly_initialised(model: PreTrainedModel, identities: Mapping[str, float])
     for name, identity in identities.items():
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        for parent in _pretrained_parents(model, owner_name):
-            key = (type(parent), type(owner), attribute, identity)
-            if key not in known:
-                known[key] = _initialises_to(parent, owner, attribute, identity)
-            if not known[key]:
-                wrong.add(name)
-            break
+        parent = _innermost_model(model, owner_name)
+        key = (type(parent), type(owner), attribute, identity)
+        if key not in known:
+            known[key] = _initialises_to(parent, owner, attribute, identity)
+        if not known[key]:
+            wrong.add(name)
     return wrong
 
 
-def _pretrained_parents(model: PreTrainedModel, name: str) -> Iterator[PreTrainedModel]:
-    """The models that a module is in, the innermost first: its `_init_weights` is the one that transformers calls."""
-    while name:
+def _innermost_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost model that a module is or is in: its `_init_weights` is the one that transformers calls."""
+    while not isinstance(found := model.get_submodule(name), PreTrainedModel):
         name = name.rpartition(".")[0]
-        parent = model.get_submodule(name)
-        if isinstance(parent, PreTrainedModel):
-            yield parent
+    return found
 
 
 def _initialises_to(parent: PreTrainedModel, owner: nn.Module, attribute: str, value: float) -> bool:
-    probe = copy.copy(owner)
-    probe._parameters = {
-        name: None if p is None else nn.Parameter(torch.full(p.shape, torch.nan, device="cpu"), requires_grad=False)
-        for name, p in owner._parameters.items()
-    }
-    probe._buffers = {
-        name: None if b is None else torch.zeros_like(b, device="cpu") for name, b in owner._buffers.items()
-    }
+    # A copy of all that is in the module: initialising it must not reach the model's own weights.
+    memo: dict[int, Any] = {id(tensor): on_meta(tensor) for tensor in (*owner.parameters(), *owner.buffers())}
+    shape = owner.get_parameter(attribute).shape
+    unset = nn.Parameter(torch.full(shape, torch.nan, device="cpu"), requires_grad=False)
+    memo[id(owner.get_parameter(attribute))] = unset
+    probe = copy.deepcopy(owner, memo)
     try:
         parent._init_weights(probe)
     except Exception:  # it needs more of the module than this; then nothing is promised

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from flashnorm.errors import InputError
+from flashnorm.trace.models import on_meta
 from flashnorm.trace.planner import names_by_parameter, trace
 
 _PROBE_TOKENS = 4
@@ -69,6 +70,9 @@ def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool
         leaving[owner_name][attribute] = identity
     for owner_name, identities in leaving.items():
         owner = model.get_submodule(owner_name)
+        identities = {name: one for name, one in identities.items() if owner._parameters.get(name) is not None}
+        if not identities:  # the module has two names
+            continue
         replacement = _without_weights(owner, identities)
         weights = {attribute: owner.get_parameter(attribute) for attribute in identities}
         if isinstance(replacement, WeightlessNorm):
@@ -101,7 +105,7 @@ def needs_readable_weights(model: nn.Module, norms: Mapping[str, float], inputs:
         InputError: the forward does not run there with constants either.
     """
     for readable in (False, True):
-        memo = {id(tensor): _on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        memo = {id(tensor): on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
         blank = copy.deepcopy(model, memo)
         make_weightless(blank, norms, readable)
         try:
@@ -112,11 +116,6 @@ def needs_readable_weights(model: nn.Module, norms: Mapping[str, float], inputs:
         else:
             break
     return readable
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    blank = tensor.detach().to("meta")
-    return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
 
 
 def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Module | None:

@@ -340,7 +340,7 @@ def _parts(config: PretrainedConfig, path: str) -> Iterator[tuple[str, Pretraine
 
 @dataclass(frozen=True)
 class _Numbers:
-    """The values of a tensor; if not certain, those that it has when all comparisons are true."""
+    """The values of a tensor; if not certain, those that it has when all comparisons turn out as guessed."""
 
     values: Tensor
     certain: bool = True
@@ -351,10 +351,15 @@ class MixedDevices(TorchDispatchMode):
 
     What is computed from numbers alone stays known wherever the code moves it: sizes and offsets that it makes of a
     grid, say. Modes outside of this one do not see that: it is constant.
+
+    Args:
+        comparisons: what comparisons of unknown numbers give.
+        asked: called when numbers that depend on such a guess are given to the code, which may choose its path by them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, comparisons: bool, asked: Callable[[], None]) -> None:
         super().__init__()
+        self._comparisons, self._asked = comparisons, asked
         self._known: dict[int, tuple[Tensor, _Numbers]] = {}  # by id, with the tensor that keeps it from being reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -370,6 +375,8 @@ class MixedDevices(TorchDispatchMode):
         ]
         leaves_meta = func.overloadpacket is aten._to_copy and torch.device(kwargs.get("device") or _META) != _META
         if certain or (known and leaves_meta):
+            if not certain:
+                self._asked()
             result = self._compute(func, args, kwargs)
             if written:
                 return written[0]
@@ -431,9 +438,10 @@ class MixedDevices(TorchDispatchMode):
             return numbers.values.nonzero().unbind(1)
 
     def _guess(self, func: Any, args: Any, kwargs: Any, result: Any, computable: bool) -> None:
-        """Comparisons of what is not known are taken for true, here as in `rules.ANSWERS`."""
+        """Comparisons of what is not known give what was guessed, here as in `rules.ANSWERS`."""
         if func.overloadpacket in _COMPARISONS:
-            self._known[id(result)] = result, _Numbers(torch.ones(result.shape, dtype=torch.bool, device="cpu"), False)
+            guessed = torch.full(result.shape, self._comparisons, dtype=torch.bool, device="cpu")
+            self._known[id(result)] = result, _Numbers(guessed, False)
         elif computable:
             try:
                 guessed = self._compute(func, args, kwargs)

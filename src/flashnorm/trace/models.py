@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from flashnorm.errors import InputError, brief
@@ -97,3 +98,9 @@ def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code:
             f"{config.model_type} fails: {type(error).__name__}: {error}"
         ) from error
     return model.eval()
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A parameter or buffer without its values."""
+    blank = tensor.detach().to(_META)
+    return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from flashnorm.errors import InputError, brief
 from flashnorm.plan import Fold, FoldPlan, Kept, Linear, Segments
 from flashnorm.trace.inputs import Arguments, Call, MixedDevices, example_calls
+from flashnorm.trace.models import on_meta
 from flashnorm.trace.rules import GUESSES, UNKNOWN_OPERATOR
 from flashnorm.trace.tracer import Tracer, Use
 from flashnorm.trace.values import UNKNOWN
@@ -76,11 +77,17 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
 
 def _traced(model: nn.Module, calls: Callable[[Tracer], Any]) -> tuple[Tracer, Exception | None]:
     """Run calls of a model, with its parameters on the meta device, under a new tracer; how that ended."""
-    parameters = {name: nn.Parameter(p.detach().to(_META), requires_grad=False) for name, p in model.named_parameters()}
-    buffers = {name: buffer.to(_META) for name, buffer in model.named_buffers()}
-    state = {f"model.{name}": tensor for name, tensor in {**parameters, **buffers}.items()}
-    tracer = Tracer(model, parameters)
-    run = partial(torch.func.functional_call, _Runner(model), state, (lambda: calls(tracer),))
+    blank = {id(tensor): on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    tracer = Tracer(model, {name: blank[id(parameter)] for name, parameter in model.named_parameters()})
+    # Each module once: `functional_call` does not give a module that has two names its own tensors back.
+    state = {
+        f"model.{name}.{attribute}" if name else f"model.{attribute}": blank[id(tensor)]
+        for name, module in model.named_modules()
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    runner = _Runner(model, tracer)
+    run = partial(torch.func.functional_call, runner, state, (lambda: calls(tracer),), tie_weights=False)
     first: Exception | None = None
     worked = False
     for tracer.guess in GUESSES:
@@ -97,12 +104,13 @@ def _traced(model: nn.Module, calls: Callable[[Tracer], Any]) -> tuple[Tracer, E
 class _Runner(nn.Module):
     """Takes calls of a model for its forward, so that `functional_call` swaps the parameters for any method."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, tracer: Tracer):
         super().__init__()
         self.model = model
+        self._tracer = tracer
 
     def forward(self, calls: Callable[[], Any]) -> Any:
-        with MixedDevices():
+        with MixedDevices(bool(self._tracer.guess.number), self._tracer.note_guess):
             return calls()
 
 

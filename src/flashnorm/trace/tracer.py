@@ -116,8 +116,7 @@ class Tracer(TorchDispatchMode):
         if answer is None:
             out = func(*args, **kwargs)
         else:
-            self.guessed = True
-            self.guess_matters |= bool(self.gains)
+            self.note_guess()
             out = answer(self.guess, *args)
         self._record(rules.Call(self, func, args, kwargs, out))
         return out
@@ -172,6 +171,11 @@ class Tracer(TorchDispatchMode):
                 self.escape(gain, reason, operator)
             if value.view:
                 self.uses[value.view.name].append(Use(at=self.here(reason, operator)))
+
+    def note_guess(self) -> None:
+        """Note that code was given an answer that depends on values."""
+        self.guessed = True
+        self.guess_matters |= bool(self.gains)
 
     def note_addition(self, parameter: str, to: str, call: rules.Call) -> None:
         """Note the use of a parameter as the bias of a gain, or of a linear."""

@@ -35,7 +35,7 @@ class WeightsReport:
         folded: tensors that are the correctly rounded product of the source's and their gains.
         biases: biases that are the correctly rounded sum, or quotient.
         unchanged: tensors that are the source's bytes.
-        norms: norm weights that left the checkpoint, or that are kept at their identity value.
+        norms: norm tensors that left the checkpoint, or that are kept at their identity value.
         files: files whose hash is right.
         nbytes: size of the converted tensors, in bytes.
         seconds: that it took.
