@@ -5,7 +5,7 @@ import inspect
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from architectures.configs import VOCABULARY, tiny_config
@@ -20,13 +20,17 @@ def model_types() -> list[str]:
 
 
 def build(model_type: str) -> PreTrainedModel:
+    """A tiny model of a type, see `random_model`. Raises whatever the type's classes raise."""
+    config = tiny_config(model_type)
+    return random_model(model_class(config), config)
+
+
+def random_model(of_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """A model in float64 with random weights; gains are far from one, some of them negative.
 
     Raises:
-        ValueError: it is not tiny. And whatever the type's classes raise.
+        ValueError: it is not tiny.
     """
-    config = tiny_config(model_type)
-    of_class = model_class(config)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in of_class._from_config(config).parameters())
     if size > LARGEST:

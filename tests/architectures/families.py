@@ -18,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from architectures.causal import random_model
 from architectures.configs import VOCABULARY, _shrink, tiny_config
 from flashnorm.trace.inputs import Call, example_calls
 from flashnorm.trace.tracer import _tensors_in
@@ -121,20 +122,9 @@ def model_class(family: str, model_type: str) -> type[PreTrainedModel]:
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
 
-def build(family: str, model_type: str, largest: int = 60_000_000) -> PreTrainedModel:
-    """A model in float64 with random weights; gains are far from one, some of them negative."""
-    config, of_class = tiny(family, model_type), model_class(family, model_type)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in of_class._from_config(config).parameters())
-    if size > largest:
-        raise ValueError(f"{size} parameters in what should be tiny")
-    model = of_class._from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.7 + 0.5 * noise if parameter.dim() == 1 else 0.2 * noise)
-    return model.double()
+def build(family: str, model_type: str) -> PreTrainedModel:
+    """A tiny model of a type, see `random_model`. Raises whatever the type's classes raise."""
+    return random_model(model_class(family, model_type), tiny(family, model_type))
 
 
 def run(model: PreTrainedModel, seed: int = 1) -> Tensor:
