@@ -58,9 +58,9 @@ TABLED = ("causal-lm",)
 
 PUBLISHED = """\
 The hyperparameters that were published, planned on the meta device: the norms of the language model, how many fold, why
-others stay, and how many weights take a gain; the norms of vision and audio towers apart. Seconds of one core (AMD EPYC),
-to build the model without weights and to plan it. `tests/architectures/test_published.py` derives the counts, and holds
-the number of parameters against the published size.
+others stay, and how many weights take a gain; the norms of vision and audio towers apart. Seconds of one core (an AMD
+EPYC), to build the model without weights and to plan it. `tests/architectures/test_published.py` derives the counts,
+and holds the number of parameters against the published size.
 """
 
 
