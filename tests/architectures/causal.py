@@ -25,7 +25,9 @@ def build(model_type: str) -> PreTrainedModel:
     return random_model(model_class(config), config)
 
 
-def random_model(of_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def random_model(
+    of_class: type[PreTrainedModel], config: PretrainedConfig, largest: int = LARGEST
+) -> PreTrainedModel:
     """A model in float64 with random weights; gains are far from one, some of them negative.
 
     Raises:
@@ -33,7 +35,7 @@ def random_model(of_class: type[PreTrainedModel], config: PretrainedConfig) -> P
     """
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in of_class._from_config(config).parameters())
-    if size > LARGEST:
+    if size > largest:
         raise ValueError(f"{size} parameters in what should be tiny")
     model = of_class._from_config(config).eval()
     generator = torch.Generator().manual_seed(0)

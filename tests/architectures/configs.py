@@ -17,12 +17,16 @@ HEAD_SIZE, ROTATED, QUERY_RANK, HEADS, LAYERS = 16, 8, 24, 4, 2
 FIELDS: dict[int, str] = {
     HIDDEN: "hidden_size n_embd d_model emb_dim hidden_size_global out_hidden_size downsample_hidden_size "
     "adapter_in_dim adapter_out_dim adapter_input_size output_channels vision_output_dim projector_input_dim "
-    "projector_output_dim ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels",
+    "projector_output_dim ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels projector_hidden_size "
+    "text_hidden_size audio_hidden_size vit_hidden_size condition_dim dim hidden_dim d_latents upsample_groups",
     INNER: "intermediate_size n_inner ffn_dim d_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim d_inner dff dim_ff "
-    "feed_forward_size dense_intermediate_size intermediate_size_mlp mlp_dim",
+    "feed_forward_size dense_intermediate_size intermediate_size_mlp mlp_dim alignment_intermediate_size "
+    "speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim",
     EXPERT_INNER: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
-    "shared_experts_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size",
-    VOCABULARY: "vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size",
+    "shared_experts_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size embedding_size "
+    "intra_bottleneck_size entity_emb_size",
+    VOCABULARY: "vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size entity_vocab_size "
+    "src_vocab_size tgt_vocab_size",
     POSITIONS: "max_position_embeddings n_positions max_seq_len rel_extent num_position_embeddings image_size",
     HEAD_SIZE: "head_dim v_head_dim kv_lora_rank o_lora_rank linear_key_head_dim linear_value_head_dim linear_head_dim "
     "index_head_dim swa_head_dim dim_head d_head attention_head_size mamba_head_dim mamba_d_head patch_size",
@@ -32,16 +36,20 @@ FIELDS: dict[int, str] = {
     "num_decoder_attention_heads num_encoder_attention_heads attention_heads swa_num_attention_heads index_n_heads "
     "linear_num_heads linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts "
     "zero_expert_num sliding_window sliding_window_size window_size attention_window_size attention_chunk_size "
-    "local_attention_window_len index_topk chunk_size mamba_chunk_size",
+    "local_attention_window_len index_topk chunk_size mamba_chunk_size attention_window context_size n_filters num_filters "
+    "speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads",
     LAYERS: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_decoder_layers "
     "num_encoder_layers depth num_blocks num_key_value_heads swa_num_key_value_heads linear_num_key_heads n_groups "
-    "o_groups expand num_experts_per_tok num_experts_per_token moe_topk moe_k top_k pad_token_id",
+    "o_groups expand num_experts_per_tok num_experts_per_token moe_topk moe_k top_k pad_token_id layers index_kpool "
+    "num_self_attends_per_block speech_encoder_layers t2u_encoder_layers t2u_decoder_layers",
     QUERY_RANK: "q_lora_rank hc_lowrank",
     1: "n_group topk_group num_expert_group eos_token_id first_k_dense_replace num_dense_layers",
     0: "bos_token_id",
 }
 SIZES: dict[str, Any] = {field: size for size, fields in FIELDS.items() for field in fields.split()}
 SIZES |= {"mlp_only_layers": [0], "per_layer_config": {}}
+# Lists of sizes, one for each stage, which keep their lengths.
+STAGES = {"depths": 1, "conv_dim": 32, "moe_intermediate_size": 32}
 # Fields that are set even where the type's default is nothing: None, 0 or an empty list.
 ALWAYS = (
     *("num_key_value_heads", "head_dim", "q_lora_rank", "mlp_only_layers", "first_k_dense_replace"),
@@ -61,16 +69,22 @@ PARTS = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_dec
 BESIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64, "use_cache": False},  # its cache wants a num_hidden_layers
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
     "cohere2_moe": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
     "cohere_compass_text": {"layer_types": [_SLIDING, _FULL], "rope_parameters": {_SLIDING: _ROPE, _FULL: None}},
+    "cosmos3_edge_text": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "donut-swin": {"embed_dim": 24},
     "dots1": {"layer_types": [_FULL, _SLIDING], "n_shared_experts": 1},
     "dots3_note_text": {"per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}}},
     "dots3_note_vision_encoder": {"per_layer_config": {1: {"num_local_experts": 2}}},
     "emu3": {"vocabulary_map": {"<image>": 5}},
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1], "attn_resolutions": [0], "codebook_size": 64},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 4},
+    "esmc": {"num_key_value_heads": HEADS},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": HEAD_SIZE}},
     "gemma3n_text": {
         "layer_types": [_SLIDING, _FULL] * 2,
         "activation_sparsity_pattern": [0.5, 0.0] * 2,
@@ -106,17 +120,26 @@ BESIDES: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"shared_intermediate_size": 32},
     "granitemoeshared": {"shared_intermediate_size": 32},
     "granitemoehybrid": {"layer_types": [_LINEAR, _FULL]},
+    "hiera": {"embed_dim": 24},
+    "idefics_vision": {"embed_dim": HIDDEN},
+    "informer": {"prediction_length": 4},
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"], "mlp_layer_types": ["dense", "sparse"]},
     "jamba": {"num_hidden_layers": 3, "attn_layer_offset": 2},
+    "kosmos_2_text_model": {"embed_dim": HIDDEN},
+    "kosmos_2_5_text_model": {"embed_dim": HIDDEN},
     "laguna": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
     "lfm2": {"layer_types": ["conv", _FULL]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv"]},
     "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
     "mamba2": {"num_heads": 8},
+    "maskformer-swin": {"embed_dim": 24},
     "mellum": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
     "ministral": {"layer_types": [_SLIDING, _FULL]},
     "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"]},
+    "mistral_large4_text": {"kv_source_layers": None},
     "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"num_hidden_layers": 4},
     "musicgen_decoder": {"architectures": ["MusicgenForCausalLM"], "num_codebooks": 2},
     "musicgen_melody_decoder": {"architectures": ["MusicgenMelodyForCausalLM"], "num_codebooks": 2},
     "qwen4_exp_text": {
@@ -144,6 +167,10 @@ BESIDES: dict[str, dict[str, Any]] = {
         "num_buckets": 2,
         "hash_seed": 0,
     },
+    "squeezebert": {"embedding_size": HIDDEN},
+    "swin": {"embed_dim": 24},
+    "swinv2": {"embed_dim": 24},
+    "time_series_transformer": {"prediction_length": 4},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": [_LINEAR, "hybrid"] * 2},  # the hybrid layers share their weights
@@ -167,6 +194,9 @@ def _shrink(config: dict[str, Any], besides: dict[str, Any]) -> dict[str, Any]:
     """
     besides = BESIDES.get(config["model_type"], {}) | besides
     small = {field: SIZES[field] for field, value in config.items() if field in SIZES and (value or field in ALWAYS)}
+    small |= {
+        field: [size] * len(config[field]) for field, size in STAGES.items() if isinstance(config.get(field), (list, tuple))
+    }
     if "qk_rope_head_dim" in config:
         small |= {field: size for field, size in LATENT.items() if field in config}
     layers = {field: besides[field] for field in PER_LAYER if field in besides}

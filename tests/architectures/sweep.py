@@ -9,6 +9,7 @@
 import math
 import os
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -30,10 +33,12 @@ from architectures import causal, families, published
 from architectures.proof import prove
 from flashnorm.errors import InputError, brief
 from flashnorm.plan import FoldPlan
+from flashnorm.trace.planner import plan_of
 from flashnorm.verify.float64 import float64_everywhere
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
+MOST_MEMORY = 10 << 30  # bytes of one process, and of its address space
 TOLERANCE = 1e-10  # relative to the largest output
 EXACT, NOTHING, GAP, WRONG, NOT_BUILT = STATUSES = ("exact", "nothing folds", "gap", "WRONG", "not built")
 PROVEN = ("impossible", "no effect", "possible by division")
@@ -154,7 +159,8 @@ def examine(name: str, model_type: str) -> Row:
         )
         proofs = prove(model, plan, family.run)
         row = replace(row, proven=sum(proof.verdict in PROVEN for proof in proofs.values()))
-        forms, error = _round_trips(family, model, plan)
+        with patch("flashnorm.planning.plan_of", _plan_once({})):
+            forms, error = _round_trips(family, model, plan)
         if plan.folds:
             error = max(error, difference(before, outputs(family, flashnorm.fold_(model))))
     except Exception as problem:
@@ -166,6 +172,18 @@ def examine(name: str, model_type: str) -> Row:
     if open_questions:
         return replace(row, note="; ".join(dict.fromkeys(map(_short, open_questions))))
     return replace(row, status=EXACT if forms else NOTHING)
+
+
+def _plan_once(plans: dict[str, FoldPlan]) -> Callable[[PreTrainedModel], FoldPlan]:
+    """`plan_of`, whose answer for a config is kept: the forms are planned again and again, to convert, verify, load."""
+
+    def plan_once(model: PreTrainedModel, inputs: Any = None) -> FoldPlan:
+        config = model.config.to_json_string()
+        if config not in plans:
+            plans[config] = plan_of(model, inputs)
+        return plans[config]
+
+    return plan_once
 
 
 def _round_trips(family: Family, model: PreTrainedModel, plan: FoldPlan) -> tuple[list[str], float]:
@@ -232,8 +250,13 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _timed(job: tuple[str, str]) -> tuple[str, Row, float]:
+def _start_worker() -> None:
+    """A type that takes too much memory fails by itself, instead of whatever the system would stop."""
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+
+
+def _timed(job: tuple[str, str]) -> tuple[str, Row, float]:
     started = time.monotonic()
     return job[0], examine(*job), time.monotonic() - started
 
@@ -243,7 +266,7 @@ def main() -> None:
     names = sys.argv[1:] or list(TABLED)
     jobs = [(name, model_type) for name in names for model_type in FAMILIES[name].model_types()]
     rows: dict[str, list[Row]] = {name: [] for name in names}
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _start_worker) as pool:
         for number, (name, row, seconds) in enumerate(pool.map(_timed, jobs), 1):
             rows[name].append(row)
             print(f"[{number}/{len(jobs)}] {seconds:5.1f} s  {' | '.join(row.cells())}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -112,7 +112,7 @@ class StoredNames:
         self._present = tensors
         own = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
         stored = _views_as_stored(model, own)
-        spell = _spelling(model, [*stored, *own], tensors)
+        spell = _spelling(model, stored, own, tensors)
         self._views: dict[str, dict[str, View]] = defaultdict(dict)
         self._known = {spell(name) for name in [*stored, *own, *dict(model.named_buffers())]}
         for name, view in stored.items():
@@ -245,12 +245,23 @@ def _views_as_stored(model: PreTrainedModel, own: Mapping[str, str]) -> dict[str
     return {name: tracer.value_of(tensor).view for name, tensor in stored.items()}
 
 
-def _spelling(model: PreTrainedModel, names: Sequence[str], tensors: Collection[str]) -> Callable[[str], str]:
-    """How the checkpoint spells names: as they are, or with the base model's prefix left out or put in front."""
+def _spelling(
+    model: PreTrainedModel, stored: Collection[str], own: Collection[str], tensors: Collection[str]
+) -> Callable[[str], str]:
+    """How the checkpoint spells names: as they are, or with the base model's prefix left out or put in front.
+
+    Args:
+        model: for its prefix.
+        stored: the names under which transformers would save the parameters; these count.
+        own: the module's names, which count where the others say nothing.
+        tensors: the names of the checkpoint's tensors.
+    """
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     spellings: list[Callable[[str], str]] = [
         lambda name: name,
         lambda name: name.removeprefix(prefix),
         lambda name: prefix + name,
     ]
-    return max(spellings, key=lambda spell: sum(spell(name) in tensors for name in names))
+    return max(
+        spellings, key=lambda spell: [sum(spell(name) in tensors for name in names) for names in (stored, own)]
+    )
