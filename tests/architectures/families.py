@@ -141,8 +141,9 @@ def runs(model: PreTrainedModel, seed: int = 1) -> list[tuple[str, Any]]:
     Raises:
         Exception: the forward does not work with any of its inputs.
     """
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the grouped kernels have no float64
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")  # the grouped kernels have no float64
     done: list[tuple[str, Any]] = []
     first, *others = example_calls(model)
     done.append((first.method, _first_that_works(model, first, seed)[1]))

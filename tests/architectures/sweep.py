@@ -199,6 +199,8 @@ def _round_trips(family: Family, model: PreTrainedModel, plan: FoldPlan) -> tupl
         source = Path(scratch) / "source"
         model.save_pretrained(source)
         before = outputs(family, type(model).from_pretrained(source, dtype=torch.float64).double())
+        if not difference(outputs(family, model), before) <= TOLERANCE:
+            raise ValueError("transformers loads another model than it saved")
         for form, options in list(forms.items()):
             target = Path(scratch) / form
             try:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 import tiny
+from architectures import families
 from flashnorm.checkpoint.names import StoredNames, checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.planning import plan_checkpoint
@@ -45,6 +47,18 @@ def test_a_checkpoint_without_the_base_models_prefix(strip: str, add: str) -> No
     expected = add + "model.layers.0.input_layernorm.weight".removeprefix(strip)
     assert expected in names.norms
     assert names.parameters[expected] == "model.layers.0.input_layernorm.weight"
+
+
+def test_names_as_transformers_saves_them_decide_about_the_prefix() -> None:
+    """Qwen2-VL saves `model.layers...` and `visual...`; the module's own names all begin with `model.`."""
+    config = families.tiny("image-text-to-text", "qwen2_vl")
+    config.vision_config.depth = 12  # the more of them there are, the more it looks as if a prefix were left out
+    model = meta_model(config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    tensors = list(revert_weight_conversion(model, state))
+    assert {"model.layers.0.input_layernorm.weight", "visual.blocks.0.norm1.weight"} <= set(tensors)
+    names = checkpoint_plan(plan_of(model), model, tensors)
+    assert names.norms.keys() | names.folds.keys() <= set(tensors) | {"lm_head.weight"}
 
 
 def test_an_untied_head_copies_what_is_stored() -> None:

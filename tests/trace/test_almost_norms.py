@@ -136,6 +136,22 @@ class Almost(nn.Module):
     def the_larger_of_two(self, x: Tensor, r: Tensor) -> Tensor:
         return self.a(torch.where(x > 0, r * self.g, x))
 
+    def tokens_pooled(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(F.avg_pool1d((r * self.g).T[None], 3)[0].T)
+
+    def channels_pooled(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(F.avg_pool1d((r * self.g)[None], 3, 1, 1)[0])
+
+    def tokens_interpolated(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(F.interpolate((r * self.g).T[None], size=5, mode="linear")[0].T)
+
+    def patches(self, x: Tensor, r: Tensor) -> Tensor:
+        square = F.unfold((r * self.g).T.reshape(1, N, 3, 3), 2)  # [1, 4 N, 4]
+        return self.a(square[0, ::4].T)
+
+    def padded_patches(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(F.unfold((r * self.g).T.reshape(1, N, 3, 3), 1, padding=1)[0].T)
+
     def the_data_of_the_gain(self, x: Tensor, r: Tensor) -> Tensor:
         return self.a(r * self.g) * self.g.data.sum()
 
@@ -155,6 +171,9 @@ FOLDED = {
     "a_norm_of_the_norm": "h",
     "a_gate_of_the_same": "g",
     "a_masked_row": "g",
+    "tokens_pooled": "g",
+    "tokens_interpolated": "g",
+    "patches": "g",
 }
 KINDS = [name for name in vars(Almost) if not name.startswith("_") and name != "forward"]
 

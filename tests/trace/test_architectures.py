@@ -61,6 +61,11 @@ def test_a_tied_head_keeps_its_norm_unless_untied() -> None:
     assert config.tie_word_embeddings  # the caller's config is as it was
 
 
+def test_a_head_that_is_tied_whatever_the_config_says_cannot_be_untied() -> None:
+    with pytest.raises(InputError, match="udop, which ties it"):
+        flashnorm.plan(AutoConfig.for_model("udop"), untie=True)
+
+
 # Kind of norm -> how it is expected to end, for two layers of each architecture.
 EXPECTED = {
     "llama": ({"input_layernorm": 2, "post_attention_layernorm": 2, "norm": 1}, {}, 0.0),

@@ -377,6 +377,31 @@ def _reduce(call: Call) -> Value:
     return Value(gains=gains, statistic=value.statistic)
 
 
+def _resample(call: Call) -> Value:
+    """Average pooling and interpolation of `[batch, channel, ...]`: linear, if the gain varies with neither place."""
+    value = call.value(call.args[0])
+    if value.view:
+        raise UnknownError
+    gains = {}
+    for gain, index in value.gains.items():
+        places = tuple(range(2, index.dim()))
+        if constant_along(index, places):
+            for dim in places:
+                index = collapse(index, dim)
+            gains[gain] = index.expand(call.out.shape)
+        else:
+            call.escape(gain, _MIXES)
+    return Value(gains=gains, statistic=value.statistic)
+
+
+def _patches(call: Call) -> Value:
+    """`im2col` moves elements, but those that it pads with are zeros."""
+    value = call.value(call.args[0])
+    if value.tracked and any(call.args[3]):
+        raise UnknownError
+    return _moved(value, lambda index: call.func(index.double(), *call.args[1:]).long())
+
+
 def _cumulate(call: Call) -> Value:
     value = call.value(call.args[0])
     if value.view:
@@ -630,6 +655,10 @@ _NON_LINEAR_OPERATORS = _STATISTICS + _aten(
     "_softmax _log_softmax _safe_softmax pow square reciprocal cos sin erf clamp clamp_min clamp_max maximum minimum "
     "amax amin max min argmax argmin topk sort argsort floor ceil round var var_mean std eq ne lt le gt ge isnan isinf"
 )
+_RESAMPLING = _aten(
+    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_linear1d "
+    "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+)
 _INDEPENDENT = _aten("ones_like full_like empty_like rand_like randn_like new_ones new_full new_empty")
 _ZEROS = _aten("zeros zeros_like new_zeros")
 
@@ -647,6 +676,8 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_aten("add sub"), _add),
     aten.masked_fill: _masked_fill,
     **dict.fromkeys(_aten("sum mean"), _reduce),
+    **dict.fromkeys(_RESAMPLING, _resample),
+    aten.im2col: _patches,
     aten.cumsum: _cumulate,
     **dict.fromkeys(_aten("native_layer_norm _fused_rms_norm"), _norm_with_weight),
     **dict.fromkeys(_aten("mm bmm"), _mm),
