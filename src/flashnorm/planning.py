@@ -9,10 +9,11 @@ from transformers import PretrainedConfig
 
 from flashnorm.checkpoint.names import CheckpointPlan, StoredNames, checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.errors import InputError
 from flashnorm.fold import PRECISION, gain_of, is_divisible
 from flashnorm.plan import FoldPlan, Kept
 from flashnorm.trace.models import load_config, meta_model
-from flashnorm.trace.planner import names_by_parameter, plan_of
+from flashnorm.trace.planner import names_by_parameter, plan_of, trace
 from flashnorm.trace.rules import UNKNOWN_OPERATOR
 
 
@@ -37,6 +38,8 @@ def plan(
     if isinstance(source, nn.Module):
         return plan_of(source, example_inputs)
     config = source if isinstance(source, PretrainedConfig) else load_config(source, trust_remote_code)
+    if untie:
+        check_untied(config, trust_remote_code)
     return plan_of(meta_model(config, untie, trust_remote_code), example_inputs)
 
 
@@ -53,6 +56,8 @@ def plan_checkpoint(
         InputError: as `plan`, or the way in which the parameters are stored cannot be seen.
     """
     config = load_config(checkpoint.folder, trust_remote_code)
+    if untie:
+        check_untied(config, trust_remote_code)
     model = meta_model(config, untie, trust_remote_code)
     plan = plan_of(model)
     stored_names = StoredNames(model, checkpoint.tensors)
@@ -76,6 +81,21 @@ def plan_checkpoint(
         for name, aliases in names_by_parameter(meta_model(config, False, trust_remote_code)).items():
             tied |= {alias: name for alias in aliases if alias != name}
     return plan, checkpoint_plan(plan, model, checkpoint.tensors, tied)
+
+
+def check_untied(config: PretrainedConfig, trust_remote_code: bool = False) -> None:
+    """Whether a model does the same computation with an output head of its own: T5's code scales by what is tied.
+
+    Raises:
+        InputError: it does not, or its config does not allow the head to be untied.
+    """
+    tied, untied = (trace(meta_model(config, untie, trust_remote_code)).operators for untie in (False, True))
+    if tied != untied:
+        other = next(iter({*(tied - untied), *(untied - tied)}))
+        raise InputError(
+            f"expected a model that computes the same with its output head untied, found that {config.model_type} does "
+            f"not ({other.partition(' ')[0]} differs); leave out --untie"
+        )
 
 
 def keep_indivisible(plan: FoldPlan, value_of: Callable[[str], Tensor | None]) -> FoldPlan:

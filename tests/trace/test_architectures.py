@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 import flashnorm
 import tiny
+from architectures import families
 from flashnorm.errors import InputError
 from flashnorm.trace.models import meta_model
 from flashnorm.trace.rules import UNKNOWN_OPERATOR
@@ -64,6 +65,13 @@ def test_a_tied_head_keeps_its_norm_unless_untied() -> None:
 def test_a_head_that_is_tied_whatever_the_config_says_cannot_be_untied() -> None:
     with pytest.raises(InputError, match="udop, which ties it"):
         flashnorm.plan(AutoConfig.for_model("udop"), untie=True)
+
+
+def test_a_model_that_computes_something_else_with_an_untied_head_is_not_untied() -> None:
+    config = families.tiny("seq2seq", "switch_transformers")  # it scales what goes into a tied head
+    assert config.tie_word_embeddings
+    with pytest.raises(InputError, match=r"computes the same .* switch_transformers does not \(aten.mul"):
+        flashnorm.plan(config, untie=True)
 
 
 # Kind of norm -> how it is expected to end, for two layers of each architecture.

@@ -8,7 +8,7 @@
 
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -78,6 +78,7 @@ class Tracer(TorchDispatchMode):
         gains: parameter -> what is known of it as a gain, in the order in which the model uses them.
         guess: the answers to questions about values.
         guessed, guess_matters: such a question was asked; and a gain was under way.
+        operators: each operator, with the numbers that it was given -> how often it ran.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
@@ -86,6 +87,7 @@ class Tracer(TorchDispatchMode):
         self.gains: dict[str, Gain] = defaultdict(Gain)
         self.guess = rules.GUESSES[0]
         self.guessed = self.guess_matters = False
+        self.operators: Counter[str] = Counter()
         self._model = model
         self._stack: list[str] = []
         self._values: dict[int, Value] = {}
@@ -122,6 +124,8 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _record(self, call: rules.Call) -> None:
+        numbers = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, (int, float))]
+        self.operators[f"{call.func} {numbers}"] += 1
         values = call.propagate()
         outputs = [leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)]
         mutable = call.func._schema.is_mutable
