@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := $(wildcard src/flashnorm/runtime/kernels/*.h src/flashnorm/runtime/kernels/*.cpp) hatch_build.py
 
 # Processes of `make test`; each has one thread, as its models are too small for more.
 JOBS ?= 2
@@ -37,7 +38,7 @@ bench: $(INSTALLED)
 clean:
 	rm -rf build dist $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -8,6 +8,7 @@ from flashnorm.plan import Fold, FoldPlan, Kept, Linear
 from flashnorm.planning import plan
 from flashnorm.runtime.in_memory import fold_
 from flashnorm.runtime.load import load
+from flashnorm.runtime.optimize import optimize
 from flashnorm.verify import VerifyReport, verify
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "convert",
     "fold_",
     "load",
+    "optimize",
     "plan",
     "verify",
 ]

@@ -25,9 +25,7 @@ def build(model_type: str) -> PreTrainedModel:
     return random_model(model_class(config), config)
 
 
-def random_model(
-    of_class: type[PreTrainedModel], config: PretrainedConfig, largest: int = LARGEST
-) -> PreTrainedModel:
+def random_model(of_class: type[PreTrainedModel], config: PretrainedConfig, largest: int = LARGEST) -> PreTrainedModel:
     """A model in float64 with random weights; gains are far from one, some of them negative.
 
     Raises:

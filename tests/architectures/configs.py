@@ -36,8 +36,8 @@ FIELDS: dict[int, str] = {
     "num_decoder_attention_heads num_encoder_attention_heads attention_heads swa_num_attention_heads index_n_heads "
     "linear_num_heads linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts "
     "zero_expert_num sliding_window sliding_window_size window_size attention_window_size attention_chunk_size "
-    "local_attention_window_len index_topk chunk_size mamba_chunk_size attention_window context_size n_filters num_filters "
-    "speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads",
+    "local_attention_window_len index_topk chunk_size mamba_chunk_size attention_window context_size n_filters "
+    "num_filters speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads",
     LAYERS: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_decoder_layers "
     "num_encoder_layers depth num_blocks num_key_value_heads swa_num_key_value_heads linear_num_key_heads n_groups "
     "o_groups expand num_experts_per_tok num_experts_per_token moe_topk moe_k top_k pad_token_id layers index_kpool "
@@ -72,9 +72,12 @@ BESIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "cohere2_moe": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
     "cohere_compass_text": {"layer_types": [_SLIDING, _FULL], "rope_parameters": {_SLIDING: _ROPE, _FULL: None}},
+    "convnext": {"hidden_sizes": [16] * 4},
+    "convnextv2": {"hidden_sizes": [16] * 4},
     "cosmos3_edge_text": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "dinov3_convnext": {"hidden_sizes": [16] * 4},
     "donut-swin": {"embed_dim": 24},
     "dots1": {"layer_types": [_FULL, _SLIDING], "n_shared_experts": 1},
     "dots3_note_text": {"per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}}},
@@ -84,6 +87,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": HEADS},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "focalnet": {"embed_dim": 16},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": HEAD_SIZE}},
     "gemma3n_text": {
         "layer_types": [_SLIDING, _FULL] * 2,
@@ -136,6 +140,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
     "ministral": {"layer_types": [_SLIDING, _FULL]},
     "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"]},
+    "mgp-str": {"num_bpe_labels": VOCABULARY, "num_wordpiece_labels": VOCABULARY},
     "mistral_large4_text": {"kv_source_layers": None},
     "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -195,7 +200,9 @@ def _shrink(config: dict[str, Any], besides: dict[str, Any]) -> dict[str, Any]:
     besides = BESIDES.get(config["model_type"], {}) | besides
     small = {field: SIZES[field] for field, value in config.items() if field in SIZES and (value or field in ALWAYS)}
     small |= {
-        field: [size] * len(config[field]) for field, size in STAGES.items() if isinstance(config.get(field), (list, tuple))
+        field: [size] * len(config[field])
+        for field, size in STAGES.items()
+        if isinstance(config.get(field), (list, tuple))
     }
     if "qk_rope_head_dim" in config:
         small |= {field: size for field, size in LATENT.items() if field in config}

@@ -57,10 +57,6 @@ A tiny model of every model type that Transformers has, with random weights, gai
 """
 
 
-# The families whose rows are in the table.
-TABLED = ("causal-lm",)
-
-
 PUBLISHED = """\
 The hyperparameters that were published, planned on the meta device: the norms of the language model, how many fold, why
 others stay, and how many weights take a gain; the norms of vision and audio towers apart. Seconds of one core (an AMD
@@ -265,7 +261,7 @@ def _timed(job: tuple[str, str]) -> tuple[str, Row, float]:
 
 def main() -> None:
     """Examine everything and write the table; or only the families that are named, and print it."""
-    names = sys.argv[1:] or list(TABLED)
+    names = sys.argv[1:] or list(FAMILIES)
     jobs = [(name, model_type) for name in names for model_type in FAMILIES[name].model_types()]
     rows: dict[str, list[Row]] = {name: [] for name in names}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _start_worker) as pool:

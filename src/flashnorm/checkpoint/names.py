@@ -262,6 +262,4 @@ def _spelling(
         lambda name: name.removeprefix(prefix),
         lambda name: prefix + name,
     ]
-    return max(
-        spellings, key=lambda spell: [sum(spell(name) in tensors for name in names) for names in (stored, own)]
-    )
+    return max(spellings, key=lambda spell: [sum(spell(name) in tensors for name in names) for names in (stored, own)])

@@ -1,0 +1,1 @@
+"""Fused deferred-norm kernels in C++, for the CPU."""

@@ -1,0 +1,166 @@
+// Sixteen floats at a time, on whatever vectors this file is compiled for; and how weights are stored.
+//
+// The compiler's own vector types: one piece of code for AVX-512, AVX2, NEON and machines without any of them.
+// This is compiled once for each instruction set, each time in a namespace of its own.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace FLASHNORM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kBlock = 16;               // outputs of a linear whose weights lie next to each other
+constexpr int kParts = kBlock / kLanes;  // vectors for them
+
+typedef float Part __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+struct Vec {
+  Part part[kParts];
+};
+
+#define FOR_PARTS for (int p = 0; p < kParts; ++p)
+
+inline Vec splat(float value) {
+  Vec r;
+  FOR_PARTS r.part[p] = Part{} + value;
+  return r;
+}
+
+inline Vec load(const float* from) {
+  Vec r;
+  FOR_PARTS memcpy(&r.part[p], from + p * kLanes, sizeof(Part));
+  return r;
+}
+
+inline void store(float* to, Vec v) { FOR_PARTS memcpy(to + p * kLanes, &v.part[p], sizeof(Part)); }
+
+inline Vec operator+(Vec a, Vec b) {
+  FOR_PARTS a.part[p] += b.part[p];
+  return a;
+}
+
+inline Vec operator*(Vec a, Vec b) {
+  FOR_PARTS a.part[p] *= b.part[p];
+  return a;
+}
+
+inline Vec operator/(Vec a, Vec b) {
+  FOR_PARTS a.part[p] /= b.part[p];
+  return a;
+}
+
+inline void multiply_add(Vec& sum, Vec a, Vec b) { FOR_PARTS sum.part[p] += a.part[p] * b.part[p]; }
+
+inline float sum_of(Vec v) {
+  float total = 0;
+  FOR_PARTS for (int i = 0; i < kLanes; ++i) total += v.part[p][i];
+  return total;
+}
+
+// e^x to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+inline Vec exp(Vec x) {
+  FOR_PARTS {
+    Part v = x.part[p];
+    v = v < -87.0f ? Part{} - 87.0f : v;
+    v = v > 88.0f ? Part{} + 88.0f : v;
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    Part n = v * 1.44269504f + shift;
+    Bits whole;
+    memcpy(&whole, &n, sizeof n);
+    n -= shift;
+    Part r = v - n * 0.693145752f;
+    r = r - n * 1.42860677e-6f;
+    Part e = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1.0f;
+    Bits power = (whole + 127u) << 23;
+    Part scale;
+    memcpy(&scale, &power, sizeof scale);
+    x.part[p] = e * scale;
+  }
+  return x;
+}
+
+// --- how weights and caches are stored: element types, and `Rows`, sixteen outputs by all inputs
+
+struct Bf16 {
+  using Element = uint16_t;
+  static float to_float(Element e) {
+    uint32_t bits = uint32_t(e) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+  static Element from_float(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // stays NaN
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+  static Vec load(const Element* from) {
+    Vec r;
+    FOR_PARTS {
+      Halves h;
+      memcpy(&h, from + p * kLanes, sizeof h);
+      Bits wide = __builtin_convertvector(h, Bits) << 16;
+      memcpy(&r.part[p], &wide, sizeof wide);
+    }
+    return r;
+  }
+};
+
+struct Fp16 {
+  using Element = uint16_t;
+  static float to_float(Element e) {
+    _Float16 h;
+    memcpy(&h, &e, 2);
+    return float(h);
+  }
+  static Element from_float(float f) {
+    _Float16 h = _Float16(f);
+    Element e;
+    memcpy(&e, &h, 2);
+    return e;
+  }
+  static Vec load(const Element* from) {
+    Vec r;
+#if defined(__AVX512F__)
+    r.part[0] = Part(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    FOR_PARTS r.part[p] = Part(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + p * 8))));
+#elif defined(__aarch64__)
+    FOR_PARTS r.part[p] = Part(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + p * 4))));
+#else
+    FOR_PARTS for (int i = 0; i < kLanes; ++i) r.part[p][i] = to_float(from[p * kLanes + i]);
+#endif
+    return r;
+  }
+};
+
+struct Fp32 {
+  using Element = float;
+  static float to_float(Element e) { return e; }
+  static Element from_float(float f) { return f; }
+  static Vec load(const Element* from) { return FLASHNORM_ISA::load(from); }
+};
+
+}  // namespace FLASHNORM_ISA

@@ -1,0 +1,113 @@
+"""`flashnorm.optimize`: a Transformers model whose `generate` runs on the fused kernels wherever its options allow.
+
+* Transformers' `generate` does all that it always does (options, logits processors, stopping criteria, streamers). Only
+  the loop over tokens is ours, passed to it as `custom_generate`.
+* The loop is Transformers' own for everything that the fused decoder does not do: several texts, padding, beams,
+  assistants, caches that the caller holds, hidden states or attentions as outputs, training.
+"""
+
+import copy
+import types
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from flashnorm.runtime.fused import FusedDecoder
+from flashnorm.runtime.structure import UnsupportedError, read_decoder
+
+_LOOPS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_ATTRIBUTE = "_flashnorm_decoder"
+
+
+def optimize(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model generate with the fused kernels, where they apply; otherwise it stays as it is, with a warning.
+
+    Each layer is first run next to the formula that the kernels implement, and must agree. The weights are packed into
+    a copy in the kernels' order, so memory for them doubles. Folded and unfolded models are equally fast: the kernels
+    apply a gain that is left while they read the activations.
+
+    Args:
+        model: in memory, on the CPU, with float32, bfloat16 or float16 weights.
+
+    Returns:
+        The same model.
+    """
+    model.eval()
+    try:
+        decoder = FusedDecoder(read_decoder(model))
+    except UnsupportedError as reason:
+        warnings.warn(f"flashnorm.optimize leaves {type(model).__name__} as it is: {reason}", stacklevel=2)
+        return model
+    vars(model)[_ATTRIBUTE] = decoder, _state(model)
+    vars(model)["generate"] = types.MethodType(_generate, model)
+    return model
+
+
+def _state(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Changes whenever a weight does."""
+    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' `generate`, with our loop where it is one over single tokens."""
+    config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
+    config.update(**kwargs)
+    if config.get_generation_mode(kwargs.get("assistant_model")) in _LOOPS:
+        kwargs.setdefault("custom_generate", _sample)
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _sample(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """One text, token by token; the same arguments and result as Transformers' own loop."""
+    decoder, state = getattr(model, _ATTRIBUTE)
+    mask = model_kwargs.get("attention_mask")
+    cache = model_kwargs.get("past_key_values")
+    applies = (
+        len(input_ids) == 1
+        and not (synced_gpus or model.training or generation_config.return_dict_in_generate)
+        and model_kwargs.get("inputs_embeds") is None
+        and (mask is None or bool((mask == 1).all()))
+        and (cache is None or cache.get_seq_length() == 0)
+        and state == _state(model)
+    )
+    if not applies:
+        return type(model)._sample(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    decoder.reset()
+    logits = decoder.step(input_ids[0])
+    while True:
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+        else:
+            token = scores.argmax(-1)
+        input_ids = torch.cat([input_ids, token[:, None]], -1)
+        if streamer is not None:
+            streamer.put(token)
+        if stopping_criteria(input_ids, None).all():
+            break
+        logits = decoder.step(token)
+    if streamer is not None:
+        streamer.end()
+    return input_ids

@@ -1,0 +1,261 @@
+"""Reads a decoder's weights out of a Transformers model, and proves that its layers compute what `deferred.py` says.
+
+* Names only propose what a layer's parts are. Each layer then runs, in float32, on random numbers, next to
+  `deferred.decoder_layer` with the weights found: one that computes anything else is refused, with the difference.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
+
+from flashnorm.runtime.deferred import LayerSettings, LayerWeights, decoder_layer, inverse_rms
+
+_TOKENS = 8
+# float32 sums in another order: of the layer's output, relative to its largest element.
+_SAME = 1e-4
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+class UnsupportedError(ValueError):
+    """The model is no decoder that the kernels can run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder's weights, which are the model's own wherever they lie together.
+
+    Attributes:
+        layers: one entry a layer.
+        settings: what they share.
+        head: `[vocabulary, hidden]`.
+        final_gain: `[hidden]`, or None if it is folded.
+        rotary: the model's module that makes the cosines and sines.
+        embedding: `[vocabulary, hidden]`.
+        embedding_scale, logit_scale: constant factors.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    settings: LayerSettings
+    head: Tensor
+    final_gain: Tensor | None
+    rotary: nn.Module
+    embedding: Tensor
+    embedding_scale: float
+    logit_scale: float
+
+    @property
+    def hidden(self) -> int:
+        """Channels of the residual stream."""
+        return self.embedding.shape[1]
+
+    def tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for these positions, `[positions, half]` in float32."""
+        return rotary_tables(self.rotary, self.hidden, start, stop)
+
+
+def rotary_tables(rotary: nn.Module, hidden: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """What a model's rotary module makes for positions `start` to `stop`: `[positions, half]`, float32.
+
+    Raises:
+        UnsupportedError: its two halves differ.
+    """
+    positions = torch.arange(start, stop)[None]
+    tables = []
+    for table in rotary(torch.zeros(1, 1, hidden), positions):
+        if table.shape[-1] % 2 or not torch.equal(*table.chunk(2, -1)):
+            raise UnsupportedError("expected rotary tables of two equal halves, found others")
+        tables.append(table[0, :, : table.shape[-1] // 2].float().contiguous())
+    return tables[0], tables[1]
+
+
+@torch.inference_mode()
+def read_decoder(model: PreTrainedModel) -> Decoder:
+    """Find a model's decoder and prove each of its layers.
+
+    Args:
+        model: in memory, on the CPU, in evaluation mode.
+
+    Raises:
+        UnsupportedError: some part is not what the kernels compute.
+    """
+    base: Any = model.base_model
+    config: Any = model.config
+    layers = _attribute(base, "layers")
+    first = _attribute(layers[0], "self_attn")
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise UnsupportedError("expected an output head without a bias, found another")
+    embedding: Any = model.get_input_embeddings()
+    if getattr(config, "hidden_act", None) not in _ACTIVATIONS:
+        raise UnsupportedError(f"expected one of {', '.join(_ACTIVATIONS)} as hidden_act, found another")
+    head_dim = int(_attribute(first, "head_dim"))
+    norm = _attribute(base, "norm")
+    settings = LayerSettings(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        activation=_ACTIVATIONS[config.hidden_act],
+        eps=_eps(norm),
+        qk_eps=_eps(first.q_norm) if hasattr(first, "q_norm") else 0.0,
+        attention_scale=float(getattr(first, "scaling", head_dim**-0.5)),
+        residual_scale=float(getattr(layers[0], "residual_multiplier", 1.0)),
+    )
+    decoder = Decoder(
+        layers=tuple(_layer(layer, config, i) for i, layer in enumerate(layers)),
+        settings=settings,
+        head=head.weight.detach(),
+        final_gain=_gain(norm),
+        rotary=_attribute(base, "rotary_emb"),
+        embedding=embedding.weight.detach(),
+        embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
+        logit_scale=1 / float(getattr(config, "logits_scaling", 1.0)),
+    )
+    _prove(model, decoder)
+    return decoder
+
+
+def _attribute(module: Any, name: str) -> Any:
+    found = getattr(module, name, None)
+    if found is None:
+        raise UnsupportedError(f"expected {type(module).__name__} to have {name}, found none")
+    return found
+
+
+def _eps(norm: Any) -> float:
+    for name in ("variance_epsilon", "eps"):
+        if isinstance(eps := getattr(norm, name, None), float):
+            return eps
+    raise UnsupportedError(f"expected an RMSNorm with its eps, found {type(norm).__name__}")
+
+
+def _gain(norm: Any) -> Tensor | None:
+    weight = getattr(norm, "weight", None)
+    return None if weight is None else weight.detach()
+
+
+def _layer(layer: Any, config: Any, index: int) -> LayerWeights:
+    """Raises `UnsupportedError` if the layer has other weights than these."""
+    attention, mlp = _attribute(layer, "self_attn"), _attribute(layer, "mlp")
+    names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
+    qkv = [_attribute(attention, name) for name in names]
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = (part.detach() for part in mlp.gate_up_proj.weight.chunk(2))
+        gate_bias, up_bias = mlp.gate_up_proj.bias.chunk(2) if mlp.gate_up_proj.bias is not None else (None, None)
+    else:
+        gate, up = (_attribute(mlp, name).weight.detach() for name in ("gate_proj", "up_proj"))
+        gate_bias, up_bias = mlp.gate_proj.bias, mlp.up_proj.bias
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[index] == "sliding_attention")
+    output = _attribute(attention, "o_proj")
+    found = LayerWeights(
+        qkv=torch.cat([linear.weight.detach() for linear in qkv]) if len(qkv) > 1 else qkv[0].weight.detach(),
+        qkv_bias=torch.cat([linear.bias for linear in qkv]) if qkv[0].bias is not None else None,
+        output=output.weight.detach(),
+        output_bias=output.bias,
+        gate=gate,
+        up=up,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down=_attribute(mlp, "down_proj").weight.detach(),
+        down_bias=mlp.down_proj.bias,
+        attention_gain=_gain(_attribute(layer, "input_layernorm")),
+        mlp_gain=_gain(_attribute(layer, "post_attention_layernorm")),
+        q_gain=_gain(getattr(attention, "q_norm", None)),
+        k_gain=_gain(getattr(attention, "k_norm", None)),
+        window=int(config.sliding_window) if slides else None,
+        rotates=bool(getattr(attention, "use_rope", True)),
+    )
+    size = sum(tensor.numel() for tensor in vars(found).values() if isinstance(tensor, Tensor))
+    others = sum(parameter.numel() for parameter in layer.parameters())
+    if size != others:
+        raise UnsupportedError(f"expected layer {index} to have {size} weights, found {others}")
+    return found
+
+
+# --- the proof
+
+
+def _prove(model: Any, decoder: Decoder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator)
+    cos, sin = decoder.tables(0, _TOKENS)
+    with _eager(model):
+        for index, (layer, weights) in enumerate(zip(model.base_model.layers, decoder.layers, strict=True)):
+            expected = _run(layer, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
+            found = decoder_layer(x, cos, sin, _as_float(weights), decoder.settings)
+            _compare(f"layer {index}", found - x, expected - x)
+    # What comes before and after the layers: with the model's own code, and none of the layers.
+    ids = torch.randint(0, decoder.embedding.shape[0], (1, _TOKENS), generator=generator)
+    with _without_layers(model):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+    x = decoder.embedding[ids].float() * decoder.embedding_scale
+    read = x * inverse_rms(x, decoder.settings.eps)
+    read = read if decoder.final_gain is None else read * decoder.final_gain.float()
+    found = F.linear(read.to(decoder.head.dtype), decoder.head).float() * decoder.logit_scale
+    few_bits = 8 * torch.finfo(decoder.head.dtype).eps  # the model rounds to its dtype on the way
+    _compare("what surrounds the layers", found, expected, max(_SAME, few_bits))
+
+
+def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float = _SAME) -> None:
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= tolerance:
+        raise UnsupportedError(f"{what} computes something else than the kernels would, by {difference:.2g}")
+
+
+def _run(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, window: int | None) -> Tensor:
+    at = torch.arange(_TOKENS)
+    seen = at[None] <= at[:, None]
+    if window is not None:
+        seen &= at[None] > at[:, None] - window
+    mask = torch.zeros(1, 1, _TOKENS, _TOKENS).masked_fill(~seen, torch.finfo(torch.float32).min)
+    try:
+        output = copy.deepcopy(layer).float()(
+            x,
+            attention_mask=mask,
+            position_ids=at[None],
+            position_embeddings=(cos[None], sin[None]),
+            use_cache=False,
+        )
+    except Exception as error:
+        raise UnsupportedError(f"expected a decoder layer, found one that does not run like one: {error}") from error
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _as_float(weights: LayerWeights) -> LayerWeights:
+    tensors = {name: value.float() for name, value in vars(weights).items() if isinstance(value, Tensor)}
+    return replace(weights, **tensors)
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _without_layers(model: PreTrainedModel) -> Iterator[None]:
+    base: Any = model.base_model
+    layers = base.layers
+    base.layers = nn.ModuleList()
+    try:
+        yield
+    finally:
+        base.layers = layers
