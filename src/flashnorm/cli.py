@@ -6,6 +6,7 @@ Exit status: 0 done, or verified and equal; 1 verified and found different; 2 un
 import json
 import signal
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -149,12 +150,18 @@ def generate(
     from transformers import TextStreamer
 
     from flashnorm.runtime.load import load, load_tokenizer
+    from flashnorm.runtime.optimize import optimize
 
     model: Any = load(out, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise InputError(f"expected a prompt of at least one token, found {prompt!r}")
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        optimize(model)
+    for remark in remarks:
+        print(f"flashnorm: {remark.message}", file=sys.stderr)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 

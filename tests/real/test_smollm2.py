@@ -100,6 +100,11 @@ def test_one_flipped_bit(smollm2: Path, converted: Path, tmp_path: Path) -> None
     assert finding.differing == 1
 
 
+def test_the_fused_kernels_generate_the_same(converted: Path, expected: list[int]) -> None:
+    model: Any = flashnorm.load(converted, dtype=torch.float32)
+    assert greedy(flashnorm.optimize(model), converted) == expected
+
+
 def test_load_and_generate(converted: Path, expected: list[int], caplog: pytest.LogCaptureFixture) -> None:
     model = flashnorm.load(converted, dtype=torch.float32)
     assert not [record for record in caplog.records if "MISSING" in record.getMessage()]

@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 import flashnorm
 from flashnorm.runtime.fused import FusedDecoder
@@ -222,6 +223,33 @@ def test_the_kernels_are_what_generates() -> None:
     assert not called
     generate(model, num_beams=2)
     assert called
+
+
+class Streamed(BaseStreamer):
+    """What was streamed."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_tokens_are_streamed() -> None:
+    streamed = Streamed()
+    found = generate(flashnorm.optimize(build("llama")), streamer=streamed)
+    assert (streamed.tokens, streamed.ended) == (found[0].tolist(), True)
+
+
+def test_a_config_as_an_argument() -> None:
+    model = build("llama")
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = model.generate(text(20)[None], generation_config=config)
+    assert torch.equal(flashnorm.optimize(model).generate(text(20)[None], generation_config=config), expected)
 
 
 def test_weights_that_were_changed_are_not_generated_with() -> None:

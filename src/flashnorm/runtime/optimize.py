@@ -7,6 +7,7 @@
 """
 
 import copy
+import functools
 import types
 import warnings
 from typing import Any
@@ -56,8 +57,9 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' `generate`, with our loop where it is one over single tokens."""
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**kwargs)
-    if config.get_generation_mode(kwargs.get("assistant_model")) in _LOOPS:
-        kwargs.setdefault("custom_generate", _sample)
+    # Transformers hands neither a streamer nor the tokenizer for stop strings on to a custom loop.
+    if config.get_generation_mode(kwargs.get("assistant_model")) in _LOOPS and kwargs.get("tokenizer") is None:
+        kwargs.setdefault("custom_generate", functools.partial(_sample, streamer=kwargs.get("streamer")))
     return type(model).generate(model, *args, **kwargs)
 
 
