@@ -6,6 +6,9 @@ together. `make architectures` makes one, and what it changes in the table is wh
 With another transformers than the table's, types may have come and gone; then only a wrong fold fails.
 """
 
+import resource
+from collections.abc import Iterator
+
 import pytest
 import transformers
 
@@ -15,6 +18,15 @@ COMMITTED, VERSION = sweep.read_document(sweep.TABLE.read_text())
 TYPES = [(name, model_type) for name in sweep.FAMILIES for model_type in sweep.FAMILIES[name].model_types()]
 CAUSAL = [(name, model_type) for name, model_type in TYPES if name == "causal-lm"]
 EXAMINED = CAUSAL + [pair for pair in TYPES if pair not in CAUSAL][::5]
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory() -> Iterator[None]:
+    """As in the sweep's own processes."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (sweep.MOST_MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.parametrize(("name", "model_type"), EXAMINED)
