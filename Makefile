@@ -34,6 +34,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/convert.py
+	@$(BIN)/python benchmarks/generate.py
 
 clean:
 	rm -rf build dist $(VENV)

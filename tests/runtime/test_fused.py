@@ -262,6 +262,13 @@ def test_weights_that_were_changed_are_not_generated_with() -> None:
     assert torch.equal(changed, generate(flashnorm.optimize(model)))
 
 
+def test_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = build("llama")
+        expected = generate(model)
+        assert torch.equal(generate(flashnorm.optimize(model)), expected)
+
+
 def test_a_copy_of_a_model_generates_by_itself() -> None:
     model = flashnorm.optimize(build("llama"))
     assert torch.equal(generate(copy.deepcopy(model)), generate(model))

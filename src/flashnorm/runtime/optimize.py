@@ -49,8 +49,8 @@ def optimize(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _state(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Changes whenever a weight does."""
-    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+    """Changes whenever a weight does; of weights made in inference mode, which count no changes, only when it moves."""
+    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters()]
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
