@@ -281,7 +281,7 @@ def document(rows: Mapping[str, Sequence[Row]]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `make architectures`; a test compares it with a new run. "
+        "Written by `make architectures`; tests repeat all causal language models, and one in five of the others. "
         f"Transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}.",
         "",
         *EXPLANATION.splitlines(),

@@ -1,8 +1,9 @@
 """The fused kernels against Transformers, for every instruction set of this machine; and `optimize`."""
 
 import copy
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import flashnorm
@@ -129,12 +130,16 @@ def test_a_long_text_grows_the_cache_and_splits_it_among_threads() -> None:
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)
-@pytest.mark.parametrize("shape", [(16, 2), (17, 5), (1, 1), (48, 64)])
-def test_packed_weights_come_back_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight = torch.randn(shape).to(dtype)
+@pytest.mark.parametrize("shape", [(16, 2), (17, 5), (1, 1), (48, 12)])
+def test_packed_weights_are_where_the_kernels_look_for_them(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randint(-8, 8, shape).to(dtype)
     packed = native.pack(weight)
-    assert packed.numel() % native.BLOCK == 0
-    assert torch.equal(native.unpack(packed, shape), weight)
+    in_pairs = dtype == torch.bfloat16
+    assert packed.numel() == -(-shape[0] // 16) * 16 * (shape[1] + shape[1] % 2)
+    for o, i in itertools.product(*map(range, shape)):
+        at = (o // 16, i // 2, o % 16, i % 2) if in_pairs else (o // 16, i, o % 16)
+        assert packed[at] == weight[o, i]
+    assert packed.double().sum() == weight.double().sum()  # zeros are all that was added
 
 
 # --- what the kernels do not compute is refused
@@ -164,6 +169,37 @@ def test_a_head_that_computes_something_else_is_refused() -> None:
     head = model.lm_head.forward
     model.lm_head.forward = lambda x: head(x).tanh()
     with pytest.raises(UnsupportedError, match="what surrounds the layers"):
+        read_decoder(model)
+
+
+def test_layers_of_different_sizes_are_refused() -> None:
+    model: Any = build("llama")
+    model.model.layers[2].mlp = build("llama", intermediate_size=80).model.layers[2].mlp  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedError, match="gate of layer 2 to have the shape"):
+        read_decoder(model)
+
+
+def test_weights_of_different_dtypes_are_refused() -> None:
+    model: Any = build("llama")
+    model.model.layers[2].mlp.half()
+    with pytest.raises(UnsupportedError, match="weights of one dtype on the CPU"):
+        read_decoder(model)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_length_of_the_text_are_refused(kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    model = build("llama", rope_parameters=rope, max_position_embeddings=64)
+    with pytest.raises(UnsupportedError, match="rotation of a position"):
+        read_decoder(model)
+
+
+def test_a_window_that_the_model_does_not_use_is_refused() -> None:
+    model = build("llama")
+    model.config.sliding_window = 16  # nothing reads it
+    with pytest.raises(UnsupportedError, match="another mask"):
         read_decoder(model)
 
 
@@ -215,14 +251,47 @@ def test_generate_gives_the_same_tokens(name: str, options: str) -> None:
     assert torch.equal(generate(model, **OPTIONS[options]), expected)  # once more, over the same cache
 
 
-def test_the_kernels_are_what_generates() -> None:
+def test_the_kernels_are_what_generates(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = flashnorm.optimize(build("llama"))
+    layer = type(model.model.layers[0])
+    forward = layer.forward
     called: list[str] = []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: called.append("layer"))
+    monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: called.append("layer") or forward(*args, **kwargs))
     assert generate(model).shape == (1, 44)
     assert not called
     generate(model, num_beams=2)
     assert called
+
+
+def test_hooks_are_called() -> None:
+    model: Any = flashnorm.optimize(build("llama"))
+    expected = generate(model)
+    called: list[str] = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: called.append("layer"))
+    assert torch.equal(generate(model), expected)
+    assert len(called) == 24
+
+
+def test_a_cache_of_the_caller_is_filled() -> None:
+    model = flashnorm.optimize(build("llama"))
+    cache = DynamicCache(config=model.config)
+    generate(model, past_key_values=cache)
+    assert cache.get_seq_length() == 43
+
+
+def test_positions_of_the_caller_count() -> None:
+    model = build("llama")
+    positions = 3 * torch.arange(20)[None]
+    expected = generate(model, position_ids=positions)
+    assert not torch.equal(expected, generate(model))
+    assert torch.equal(generate(flashnorm.optimize(model), position_ids=positions), expected)
+
+
+def test_a_config_as_a_second_argument() -> None:
+    model = build("llama")
+    config = GenerationConfig(max_new_tokens=9, num_beams=3, do_sample=False, pad_token_id=0)
+    expected = model.generate(text(20)[None], config)
+    assert torch.equal(flashnorm.optimize(model).generate(text(20)[None], config), expected)
 
 
 class Streamed(BaseStreamer):
@@ -252,11 +321,11 @@ def test_a_config_as_an_argument() -> None:
     assert torch.equal(flashnorm.optimize(model).generate(text(20)[None], generation_config=config), expected)
 
 
-def test_weights_that_were_changed_are_not_generated_with() -> None:
+@pytest.mark.parametrize("write", [lambda weight: weight.detach().mul_(-1), lambda weight: weight.data.mul_(-1)])
+def test_weights_that_were_changed_are_not_generated_with(write: Callable[[Tensor], Tensor]) -> None:
     model: Any = flashnorm.optimize(build("llama"))
     before = generate(model)
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    write(model.model.layers[0].mlp.down_proj.weight)
     changed = generate(model)
     assert not torch.equal(changed, before)
     assert torch.equal(changed, generate(flashnorm.optimize(model)))

@@ -5,6 +5,7 @@ Weights are packed once, into memory that the system may back with huge pages. T
 
 import ctypes
 import mmap
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class FusedDecoder:
     """A decoder on packed weights, and the cache of one text.
 
     Args:
-        decoder: its weights stay the model's; packed copies are made.
+        decoder: as `structure.read_decoder` found it. Its weights stay the model's; packed copies are made.
         threads: 0 means as many as torch uses.
 
     Raises:
@@ -35,7 +36,7 @@ class FusedDecoder:
         kernels = native.library()
         if kernels is None:
             raise UnsupportedError(
-                "expected compiled kernels, found none: run python -m flashnorm.runtime.kernels.build"
+                "expected compiled kernels, found none: install flashnorm from source where there is a C++ compiler"
             )
         self._kernels = kernels
         settings = decoder.settings
@@ -44,21 +45,20 @@ class FusedDecoder:
             raise UnsupportedError(f"expected float32, bfloat16 or float16 weights, found {dtype}")
         if settings.head_dim % native.BLOCK or settings.head_dim > native.MOST_HEAD_DIM or decoder.hidden % 16:
             raise UnsupportedError(f"expected a head size in steps of 16, up to {native.MOST_HEAD_DIM}, found others")
-        self._decoder, self.dtype = decoder, dtype
+        self._decoder, self.dtype = replace(decoder, layers=()), dtype  # what is packed is not held here as well
         self._threads = threads or torch.get_num_threads()
         self._keep: list[Tensor] = []
-        linears = [_layer_matrices(layer) for layer in decoder.layers]
-        matrices = [decoder.head, *(weight for layer in linears for weight in layer.values())]
-        self._arena = _Arena(sum(map(_padded_bytes, matrices)))
-        self._layers = (native.Layer * len(linears))()
-        for at, (layer, matrices) in enumerate(zip(decoder.layers, linears, strict=True)):
+        shapes = [shape for layer in decoder.layers for shape in _shapes(layer)]
+        self._arena = _Arena(sum(_padded_size(shape) for shape in [decoder.head.shape, *shapes]) * dtype.itemsize)
+        self._layers = (native.Layer * len(decoder.layers))()
+        for at, layer in enumerate(decoder.layers):
             biases = {
                 "qkv": layer.qkv_bias,
                 "output": layer.output_bias,
                 "gate_up": _interleaved_biases(layer),
                 "down": layer.down_bias,
             }
-            for name, weight in matrices.items():
+            for name, weight in _layer_matrices(layer).items():
                 setattr(self._layers[at], name, self._linear(weight, biases[name]))
             for name in ("attention_gain", "mlp_gain", "q_gain", "k_gain"):
                 setattr(self._layers[at], name, self._vector(getattr(layer, name)))
@@ -70,7 +70,7 @@ class FusedDecoder:
             head=self._linear(decoder.head, None),
             final_gain=self._vector(decoder.final_gain),
             dtype=native.DTYPES[dtype],
-            layer_count=len(linears),
+            layer_count=len(decoder.layers),
             hidden=decoder.hidden,
             inner=decoder.layers[0].gate.shape[0],
             heads=settings.heads,
@@ -197,9 +197,15 @@ class _Arena:
         return place.copy_(tensor)
 
 
-def _padded_bytes(weight: Tensor) -> int:
-    outputs, inputs = (-(-size // native.BLOCK) * native.BLOCK for size in weight.shape)
-    return -(-outputs * inputs * weight.element_size() // 64) * 64
+def _padded_size(shape: tuple[int, ...]) -> int:
+    """Elements of a packed matrix, at most: both sizes padded to a multiple of sixteen."""
+    outputs, inputs = (-(-size // native.BLOCK) * native.BLOCK for size in shape)
+    return outputs * inputs
+
+
+def _shapes(layer: LayerWeights) -> list[tuple[int, ...]]:
+    """Of the matrices of `_layer_matrices`; those of gate and up projection are apart here."""
+    return [tuple(one.shape) for one in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)]
 
 
 def _layer_matrices(layer: LayerWeights) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 * Transformers' `generate` does all that it always does (options, logits processors, stopping criteria, streamers). Only
   the loop over tokens is ours, passed to it as `custom_generate`.
 * The loop is Transformers' own for everything that the fused decoder does not do: several texts, padding, beams,
-  assistants, caches that the caller holds, hidden states or attentions as outputs, training.
+  assistants, caches that the caller holds, hidden states or attentions as outputs, hooks, training.
 """
 
 import copy
@@ -22,6 +22,10 @@ from flashnorm.runtime.structure import UnsupportedError, read_decoder
 
 _LOOPS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _ATTRIBUTE = "_flashnorm_decoder"
+# What Transformers may hand to the loop besides, and the loop knows what it means.
+_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+# Elements of each weight that are looked at to see whether it has changed.
+_SAMPLES = 64
 
 
 def optimize(model: PreTrainedModel) -> PreTrainedModel:
@@ -32,7 +36,7 @@ def optimize(model: PreTrainedModel) -> PreTrainedModel:
     apply a gain that is left while they read the activations.
 
     Args:
-        model: in memory, on the CPU, with float32, bfloat16 or float16 weights.
+        model: in memory, on the CPU, with float32, bfloat16 or float16 weights. It is put into evaluation mode.
 
     Returns:
         The same model.
@@ -48,17 +52,33 @@ def optimize(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _state(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Changes whenever a weight does; of weights made in inference mode, which count no changes, only when it moves."""
-    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters()]
+def _state(model: PreTrainedModel) -> list[tuple[int, int, bytes]]:
+    """Changes when a weight does: where it is, how often it was written to, and, as writes through `.data` and in
+    inference mode are not counted, some of its elements."""
+    return [
+        (
+            weight.data_ptr(),
+            0 if weight.is_inference() else weight._version,
+            weight.detach()
+            .flatten()[:: max(1, weight.numel() // _SAMPLES)]
+            .contiguous()
+            .view(torch.uint8)
+            .numpy()
+            .tobytes(),
+        )
+        for weight in model.parameters()
+    ]
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' `generate`, with our loop where it is one over single tokens."""
+    if len(args) > 1 or any(kwargs.get(name) is not None for name in ("tokenizer", "past_key_values")):
+        # Transformers does not hand the tokenizer for stop strings on to a custom loop; and a caller's cache is to fill.
+        return type(model).generate(model, *args, **kwargs)
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**kwargs)
-    # Transformers hands neither a streamer nor the tokenizer for stop strings on to a custom loop.
-    if config.get_generation_mode(kwargs.get("assistant_model")) in _LOOPS and kwargs.get("tokenizer") is None:
+    if config.get_generation_mode(kwargs.get("assistant_model")) in _LOOPS:
+        # Nor does it hand on a streamer.
         kwargs.setdefault("custom_generate", functools.partial(_sample, streamer=kwargs.get("streamer")))
     return type(model).generate(model, *args, **kwargs)
 
@@ -75,14 +95,14 @@ def _sample(
 ) -> Any:
     """One text, token by token; the same arguments and result as Transformers' own loop."""
     decoder, state = getattr(model, _ATTRIBUTE)
-    mask = model_kwargs.get("attention_mask")
-    cache = model_kwargs.get("past_key_values")
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     applies = (
         len(input_ids) == 1
         and not (synced_gpus or model.training or generation_config.return_dict_in_generate)
-        and model_kwargs.get("inputs_embeds") is None
+        and all(name in _KNOWN or value is None for name, value in model_kwargs.items())
         and (mask is None or bool((mask == 1).all()))
-        and (cache is None or cache.get_seq_length() == 0)
+        and (positions is None or torch.equal(positions[0], torch.arange(input_ids.shape[1])))
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         and state == _state(model)
     )
     if not applies:

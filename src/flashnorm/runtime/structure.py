@@ -2,6 +2,8 @@
 
 * Names only propose what a layer's parts are. Each layer then runs, in float32, on random numbers, next to
   `deferred.decoder_layer` with the weights found: one that computes anything else is refused, with the difference.
+* What a layer is given is the model's affair, so it is looked at as well: which positions it may see, and whether the
+  rotation of a position is the same in every text.
 """
 
 import copy
@@ -64,18 +66,13 @@ class Decoder:
 
     def tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines for these positions, `[positions, half]` in float32."""
-        return rotary_tables(self.rotary, self.hidden, start, stop)
+        return _tables(self.rotary, self.hidden, torch.arange(start, stop))
 
 
-def rotary_tables(rotary: nn.Module, hidden: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """What a model's rotary module makes for positions `start` to `stop`: `[positions, half]`, float32.
-
-    Raises:
-        UnsupportedError: its two halves differ.
-    """
-    positions = torch.arange(start, stop)[None]
+def _tables(rotary: nn.Module, hidden: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Raises `UnsupportedError` if the rotary module makes tables whose two halves differ."""
     tables = []
-    for table in rotary(torch.zeros(1, 1, hidden), positions):
+    for table in rotary(torch.zeros(1, 1, hidden), positions[None]):
         if table.shape[-1] % 2 or not torch.equal(*table.chunk(2, -1)):
             raise UnsupportedError("expected rotary tables of two equal halves, found others")
         tables.append(table[0, :, : table.shape[-1] // 2].float().contiguous())
@@ -94,6 +91,9 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     """
     base: Any = model.base_model
     config: Any = model.config
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
+    if len(kinds) != 1 or next(iter(kinds))[0] != "cpu":
+        raise UnsupportedError(f"expected weights of one dtype on the CPU, found {kinds}")
     layers = _attribute(base, "layers")
     first = _attribute(layers[0], "self_attn")
     head: Any = model.get_output_embeddings()
@@ -190,6 +190,9 @@ def _layer(layer: Any, config: Any, index: int) -> LayerWeights:
 
 
 def _prove(model: Any, decoder: Decoder) -> None:
+    _check_shapes(decoder)
+    _check_rotation(decoder, model.config.max_position_embeddings)
+    _check_windows(model, decoder)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator)
     cos, sin = decoder.tables(0, _TOKENS)
@@ -210,6 +213,67 @@ def _prove(model: Any, decoder: Decoder) -> None:
     _compare("what surrounds the layers", found, expected, max(_SAME, few_bits))
 
 
+def _check_shapes(decoder: Decoder) -> None:
+    """The kernels have the same sizes in all layers."""
+    settings, hidden, inner = decoder.settings, decoder.hidden, decoder.layers[0].gate.shape[0]
+    q_size = settings.heads * settings.head_dim
+    expected = {
+        "qkv": (q_size + 2 * settings.kv_heads * settings.head_dim, hidden),
+        "output": (hidden, q_size),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
+    for index, layer in enumerate(decoder.layers):
+        for name, shape in expected.items():
+            if (found := tuple(getattr(layer, name).shape)) != shape:
+                raise UnsupportedError(f"expected {name} of layer {index} to have the shape {shape}, found {found}")
+
+
+def _check_rotation(decoder: Decoder, longest: int) -> None:
+    """The tables of a position are the same in a short text and in one of any length."""
+    positions = torch.arange(_TOKENS)
+    alone = _tables(decoder.rotary, decoder.hidden, positions)
+    among = _tables(decoder.rotary, decoder.hidden, torch.cat([positions, torch.tensor([4 * longest])]))
+    again = _tables(decoder.rotary, decoder.hidden, positions)
+    for table, longer, after in zip(alone, among, again, strict=True):
+        if not (torch.equal(table, longer[:_TOKENS]) and torch.equal(table, after)):
+            raise UnsupportedError("expected the rotation of a position to be always the same, found it to change")
+
+
+def _check_windows(model: Any, decoder: Decoder) -> None:
+    """Each layer is given the mask of its window, here with a window of three."""
+    masks: list[Tensor | None] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+        )
+        for layer in model.base_model.layers
+    ]
+    configured = getattr(model.config, "sliding_window", None)
+    try:
+        if configured:
+            model.config.sliding_window = 3
+        with _eager(model):
+            model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long), use_cache=False)
+    finally:
+        if configured:
+            model.config.sliding_window = configured
+        for hook in hooks:
+            hook.remove()
+    for index, (mask, layer) in enumerate(zip(masks, decoder.layers, strict=True)):
+        expected = _seen(3 if layer.window else None)
+        if mask is None or not torch.equal((mask if mask.dtype == torch.bool else mask == 0)[0, 0], expected):
+            raise UnsupportedError(f"expected layer {index} to see the positions of its window, found another mask")
+
+
+def _seen(window: int | None) -> Tensor:
+    """`[token, position]`."""
+    at = torch.arange(_TOKENS)
+    seen = at[None] <= at[:, None]
+    return seen if window is None else seen & (at[None] > at[:, None] - window)
+
+
 def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float = _SAME) -> None:
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference <= tolerance:
@@ -217,16 +281,12 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float = _SAM
 
 
 def _run(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, window: int | None) -> Tensor:
-    at = torch.arange(_TOKENS)
-    seen = at[None] <= at[:, None]
-    if window is not None:
-        seen &= at[None] > at[:, None] - window
-    mask = torch.zeros(1, 1, _TOKENS, _TOKENS).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = torch.zeros(1, 1, _TOKENS, _TOKENS).masked_fill(~_seen(window), torch.finfo(torch.float32).min)
     try:
         output = copy.deepcopy(layer).float()(
             x,
             attention_mask=mask,
-            position_ids=at[None],
+            position_ids=torch.arange(_TOKENS)[None],
             position_embeddings=(cos[None], sin[None]),
             use_cache=False,
         )

@@ -84,12 +84,12 @@ def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code:
     if untie:
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
-        if getattr(type(config).from_dict(config.to_dict()), "tie_word_embeddings", False):
+    try:
+        if untie and getattr(type(config).from_dict(config.to_dict()), "tie_word_embeddings", False):
             raise InputError(
                 f"expected a model whose output head can be untied, found {config.model_type}, which ties it whatever "
                 "its config says; leave out --untie"
             )
-    try:
         with _META:
             if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)

@@ -1,4 +1,4 @@
-"""Compiles the kernels: `python -m flashnorm.runtime.kernels.build`, and when the package is installed from source.
+"""Compiles the kernels: when the package is installed from source, or by `python .../kernels/build.py`.
 
 * One shared library without any dependency but the compiler's own runtime, so that it fits every release of torch. Its
   threads are those of torch: both use the OpenMP runtime that torch has loaded.

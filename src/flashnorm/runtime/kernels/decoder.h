@@ -4,8 +4,6 @@
 // k are normalised themselves, their scale cancels; where they are rotated, it goes along with the rotation.
 #pragma once
 
-#include <algorithm>
-
 #include "api.h"
 #include "attention.h"
 
@@ -91,7 +89,7 @@ struct Decoder {
   float* logits;                // [logit_rows][padded vocabulary], of the last tokens
   const int logit_rows;
 
-  int q_size, kv_size, ldqkv, ldatt, splits, tiles;
+  int q_size, kv_size, ldqkv, splits, tiles;
   Activation *in, *inner;  // what the next linear reads
   float *scale, *qkv, *partial_out;
   Partial* partial;
@@ -103,7 +101,6 @@ struct Decoder {
     q_size = m.heads * m.head_dim;
     kv_size = m.kv_heads * m.head_dim;
     ldqkv = padded(q_size + 2 * kv_size);
-    ldatt = q_size;
     tiles = (tokens * group() + kTokens - 1) / kTokens;
     const int spans = (past + tokens + kSpan - 1) / kSpan;
     splits = std::max(1, std::min(spans / 2, 2 * all / (tiles * m.kv_heads)));
@@ -287,7 +284,7 @@ struct Decoder {
         for (int c = 0; c < d; ++c) sum[c] += weight * partial_out[at * d + c];
       }
       for (int c = 0; c < d; ++c) sum[c] /= total;
-      put(in + int64_t(t) * ldatt + h * d, sum, d);
+      put(in + int64_t(t) * q_size + h * d, sum, d);
     }
     barrier();
   }

@@ -4,6 +4,8 @@
 // what the dot-product instruction reads. One tile of `kTokens` tokens by `N` such blocks stays in registers.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace FLASHNORM_ISA {

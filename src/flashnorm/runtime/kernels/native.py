@@ -2,11 +2,11 @@
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from flashnorm.runtime.kernels.build import LIBRARY
 
@@ -83,7 +83,9 @@ def choose(instruction_set: str) -> None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A linear's weights in the order in which the kernels read them; outputs and inputs are padded with zeros.
+    """A linear's weights in the order in which the kernels read them, as a view of them where nothing is padded.
+
+    Outputs are padded with zeros to a multiple of sixteen, inputs to an even number.
 
     Args:
         weight: `[outputs, inputs]`, float32, bfloat16 or float16.
@@ -92,13 +94,9 @@ def pack(weight: Tensor) -> Tensor:
         `[outputs / 16, inputs, 16]`; bfloat16: `[outputs / 16, inputs / 2, 16, 2]`.
     """
     outputs, inputs = weight.shape
-    weight = torch.nn.functional.pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
+    if inputs % 2 or outputs % BLOCK:
+        weight = F.pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
+    rows = weight.unflatten(0, (-1, BLOCK))
     if weight.dtype == torch.bfloat16:
-        return weight.view(-1, BLOCK, (inputs + 1) // 2, 2).permute(0, 2, 1, 3).contiguous()
-    return weight.view(-1, BLOCK, weight.shape[1]).permute(0, 2, 1).contiguous()
-
-
-def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """`pack` undone, bit for bit: the `[outputs, inputs]` weights."""
-    rows = packed.permute(0, 2, 1, 3).flatten(2) if packed.dim() == 4 else packed.permute(0, 2, 1)
-    return rows.flatten(0, 1)[: shape[0], : shape[1]].contiguous()
+        return rows.unflatten(2, (-1, 2)).permute(0, 2, 1, 3)
+    return rows.permute(0, 2, 1)
