@@ -110,9 +110,8 @@ def _override(config: PretrainedConfig, placeholders: Iterator[int]) -> None:
     for field, value in OVERRIDES.get(config.model_type, {}).items():
         setattr(config, field, value)
     rope = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" in rope and getattr(
-        config, "num_attention_heads", None
-    ):  # if it has sections, their default is in the model's code
+    has_heads = getattr(config, "num_attention_heads", None) is not None
+    if "rope_theta" in rope and has_heads:  # if it has sections, their default is in the model's code
         half = int(rope.get("partial_rotary_factor", 1) * _head_dim(config)) // 2
         rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
     for field, value in vars(config).items():

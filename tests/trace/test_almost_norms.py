@@ -142,6 +142,12 @@ class Almost(nn.Module):
     def channels_pooled(self, x: Tensor, r: Tensor) -> Tensor:
         return self.a(F.avg_pool1d((r * self.g)[None], 3, 1, 1)[0])
 
+    def channels_pooled_without_a_batch(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(F.avg_pool2d((r * self.g).T[None], (3, 1), 1, (1, 0))[0].T)
+
+    def tokens_pooled_without_a_batch(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(F.avg_pool2d((r * self.g)[None].permute(2, 1, 0), (3, 1))[:, :, 0].T)
+
     def tokens_interpolated(self, x: Tensor, r: Tensor) -> Tensor:
         return self.a(F.interpolate((r * self.g).T[None], size=5, mode="linear")[0].T)
 
@@ -172,6 +178,7 @@ FOLDED = {
     "a_gate_of_the_same": "g",
     "a_masked_row": "g",
     "tokens_pooled": "g",
+    "tokens_pooled_without_a_batch": "g",
     "tokens_interpolated": "g",
     "patches": "g",
 }

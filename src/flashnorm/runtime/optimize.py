@@ -73,7 +73,8 @@ def _state(model: PreTrainedModel) -> list[tuple[int, int, bytes]]:
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' `generate`, with our loop where it is one over single tokens."""
     if len(args) > 1 or any(kwargs.get(name) is not None for name in ("tokenizer", "past_key_values")):
-        # Transformers does not hand the tokenizer for stop strings on to a custom loop; and a caller's cache is to fill.
+        # Transformers does not hand the tokenizer for stop strings on to a custom loop;
+        # and the cache of a caller is to be filled.
         return type(model).generate(model, *args, **kwargs)
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**kwargs)

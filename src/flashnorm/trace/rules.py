@@ -378,13 +378,14 @@ def _reduce(call: Call) -> Value:
 
 
 def _resample(call: Call) -> Value:
-    """Average pooling and interpolation of `[batch, channel, ...]`: linear, if the gain varies with neither place."""
+    """Average pooling and interpolation over the last one to three dimensions: linear, if the gain varies with none."""
     value = call.value(call.args[0])
     if value.view:
         raise UnknownError
+    count = _RESAMPLING[call.func.overloadpacket]
     gains = {}
     for gain, index in value.gains.items():
-        places = tuple(range(2, index.dim()))
+        places = tuple(range(index.dim() - count, index.dim()))
         if constant_along(index, places):
             for dim in places:
                 index = collapse(index, dim)
@@ -655,10 +656,18 @@ _NON_LINEAR_OPERATORS = _STATISTICS + _aten(
     "_softmax _log_softmax _safe_softmax pow square reciprocal cos sin erf clamp clamp_min clamp_max maximum minimum "
     "amax amin max min argmax argmin topk sort argsort floor ceil round var var_mean std eq ne lt le gt ge isnan isinf"
 )
-_RESAMPLING = _aten(
-    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_linear1d "
-    "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
-)
+# Over how many dimensions, the last ones; the input may be without a batch.
+_RESAMPLING = {
+    **dict.fromkeys(_aten("avg_pool1d upsample_nearest1d upsample_linear1d"), 1),
+    **dict.fromkeys(
+        _aten(
+            "avg_pool2d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
+            "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+        ),
+        2,
+    ),
+    aten.avg_pool3d: 3,
+}
 _INDEPENDENT = _aten("ones_like full_like empty_like rand_like randn_like new_ones new_full new_empty")
 _ZEROS = _aten("zeros zeros_like new_zeros")
 
