@@ -236,7 +236,7 @@ def _short(reason: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")
+    return text.replace("|", "/").replace("\n", " ").strip()
 
 
 def _what(error: Exception) -> str:
