@@ -104,9 +104,11 @@ def test_the_up_projection_is_scaled_after_the_down_projection(activation: str) 
 @pytest.mark.parametrize(("window", "rotates"), [(None, True), (3, True), (None, False)])
 def test_a_decoder_layer(biased: bool, normalised: bool, gains: bool, window: int | None, rotates: bool) -> None:
     q_size, kv_size = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    biases = {"qkv": q_size + 2 * kv_size, "output": HIDDEN, "gate": INNER, "up": INNER, "down": HIDDEN}
+    biases = {"q": q_size, "k": kv_size, "v": kv_size, "output": HIDDEN, "gate": INNER, "up": INNER, "down": HIDDEN}
     w = LayerWeights(
-        qkv=random(q_size + 2 * kv_size, HIDDEN),
+        q=random(q_size, HIDDEN),
+        k=random(kv_size, HIDDEN, seed=1),
+        v=random(kv_size, HIDDEN, seed=2),
         output=random(HIDDEN, q_size),
         gate=random(INNER, HIDDEN),
         up=random(INNER, HIDDEN, seed=1),
@@ -129,7 +131,8 @@ def plain_layer(x: Tensor, angles: Tensor, w: LayerWeights, s: LayerSettings) ->
     """As models are written: norms first, one head at a time."""
     one = torch.ones(HIDDEN, dtype=x.dtype)
     read = rms_norm(x) * (one if w.attention_gain is None else w.attention_gain)
-    qkv = F.linear(read, w.qkv, w.qkv_bias).unflatten(-1, (-1, HEAD_DIM))
+    projections = ((w.q, w.q_bias), (w.k, w.k_bias), (w.v, w.v_bias))
+    qkv = torch.cat([F.linear(read, weight, bias) for weight, bias in projections], -1).unflatten(-1, (-1, HEAD_DIM))
     cos, sin = (torch.cat([table, table], -1) for table in (angles.cos(), angles.sin()))
     heads = []
     for head in range(HEADS):

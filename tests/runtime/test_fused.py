@@ -86,7 +86,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def fused_logits(decoder: FusedDecoder) -> Tensor:
     """A prompt at once, then token by token."""
-    parts = [decoder.step(text()[:PROMPT], PROMPT)]
+    parts = [decoder.extend(text()[:PROMPT], PROMPT)]
     parts += [decoder.step(token[None]) for token in text()[PROMPT:]]
     return torch.cat(parts).double()
 
@@ -122,24 +122,11 @@ def test_a_long_text_grows_the_cache_and_splits_it_among_threads() -> None:
     with torch.inference_mode():
         expected = model(input_ids=ids[None], logits_to_keep=4).logits[0].double()
     decoder = FusedDecoder(read_decoder(model), threads=2)
-    decoder.step(ids[:1400])
-    found = torch.cat([decoder.step(ids[1400:-2], 2), decoder.step(ids[-2:-1]), decoder.step(ids[-1:])])
+    decoder.extend(ids[:1400])
+    found = torch.cat([decoder.extend(ids[1400:-2], 2), decoder.step(ids[-2:-1]), decoder.step(ids[-1:])])
     assert error(found, expected) <= 1e-5
-    decoder.reset(1400)
-    assert torch.equal(torch.cat([decoder.step(ids[1400:-2], 2)]), found[:2])
-
-
-@pytest.mark.parametrize("dtype", native.DTYPES)
-@pytest.mark.parametrize("shape", [(16, 2), (17, 5), (1, 1), (48, 12)])
-def test_packed_weights_are_where_the_kernels_look_for_them(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight = torch.randint(-8, 8, shape).to(dtype)
-    packed = native.pack(weight)
-    in_pairs = dtype == torch.bfloat16
-    assert packed.numel() == -(-shape[0] // 16) * 16 * (shape[1] + shape[1] % 2)
-    for o, i in itertools.product(*map(range, shape)):
-        at = (o // 16, i // 2, o % 16, i % 2) if in_pairs else (o // 16, i, o % 16)
-        assert packed[at] == weight[o, i]
-    assert packed.double().sum() == weight.double().sum()  # zeros are all that was added
+    decoder.truncate(1400)
+    assert torch.equal(decoder.extend(ids[1400:-2], 2), found[:2])
 
 
 # --- what the kernels do not compute is refused

@@ -115,23 +115,28 @@ class LayerWeights:
     """A decoder layer that normalises before attention and before its gated MLP.
 
     Attributes:
-        qkv: `[(heads + 2 kv_heads) head_dim, hidden]`, queries first.
+        q: `[heads head_dim, hidden]`.
+        k, v: `[kv_heads head_dim, hidden]`.
         output: `[hidden, heads head_dim]`.
         gate, up: `[inner, hidden]`.
         down: `[hidden, inner]`.
-        qkv_bias, output_bias, gate_bias, up_bias, down_bias: or None.
+        q_bias, k_bias, v_bias, output_bias, gate_bias, up_bias, down_bias: or None.
         attention_gain, mlp_gain: `[hidden]`, of norms that are not folded, or None.
         q_gain, k_gain: `[head_dim]`, of the norms of each head, or None.
         window: positions that a token sees, itself included; None: all.
         rotates: whether queries and keys are rotated.
     """
 
-    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     output: Tensor
     gate: Tensor
     up: Tensor
     down: Tensor
-    qkv_bias: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
     output_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
@@ -176,12 +181,12 @@ def decoder_layer(x: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, se
     tokens, d = x.shape[-2], settings.head_dim
     scale = inverse_rms(x, settings.eps)
     read = x if weights.attention_gain is None else x * weights.attention_gain
-    sizes = [settings.heads * d, settings.kv_heads * d, settings.kv_heads * d]
-    cancels = weights.qkv_bias is None
-    qkv = F.linear(read, weights.qkv) if cancels else deferred_linear(read, weights.qkv, scale, weights.qkv_bias)
-    q, k, v = (part.unflatten(-1, (-1, d)) for part in qkv.split(sizes, -1))
-    left = scale.unsqueeze(-1) if cancels else torch.ones_like(scale).unsqueeze(-1)  # still to be applied
-    v = v * left
+    cancels = weights.q_bias is None and weights.k_bias is None
+    left = scale if cancels else torch.ones_like(scale)  # what q and k are still to be scaled by
+    q = deferred_linear(read, weights.q, scale / left, weights.q_bias).unflatten(-1, (-1, d))
+    k = deferred_linear(read, weights.k, scale / left, weights.k_bias).unflatten(-1, (-1, d))
+    v = deferred_linear(read, weights.v, scale, weights.v_bias).unflatten(-1, (-1, d))
+    left = left.unsqueeze(-1)
     if weights.q_gain is not None and weights.k_gain is not None:
         q = norm_after_norm(q, settings.qk_eps, left) * weights.q_gain
         k = norm_after_norm(k, settings.qk_eps, left) * weights.k_gain

@@ -1,17 +1,15 @@
 """Runs a decoder with the fused kernels: all layers of one step in one call, over a cache of its own.
 
-Weights are packed once, into memory that the system may back with huge pages. The cache grows in place.
+Weights are read where the model has them. The cache grows in place.
 """
 
-import ctypes
-import mmap
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from flashnorm.runtime.deferred import LayerWeights
+from flashnorm.runtime.deferred import LayerSettings, LayerWeights
 from flashnorm.runtime.kernels import native
 from flashnorm.runtime.structure import Decoder, UnsupportedError
 
@@ -22,10 +20,10 @@ _CHUNK = 512
 
 
 class FusedDecoder:
-    """A decoder on packed weights, and the cache of one text.
+    """A decoder, and the cache of the texts that it is given.
 
     Args:
-        decoder: as `structure.read_decoder` found it. Its weights stay the model's; packed copies are made.
+        decoder: as `structure.read_decoder` found it. Its weights stay the model's.
         threads: 0 means as many as torch uses.
 
     Raises:
@@ -33,82 +31,67 @@ class FusedDecoder:
     """
 
     def __init__(self, decoder: Decoder, threads: int = 0):
-        kernels = native.library()
-        if kernels is None:
-            raise UnsupportedError(
-                "expected compiled kernels, found none: install flashnorm from source where there is a C++ compiler"
-            )
-        self._kernels = kernels
-        settings = decoder.settings
-        dtype = decoder.head.dtype
-        if dtype not in native.DTYPES:
-            raise UnsupportedError(f"expected float32, bfloat16 or float16 weights, found {dtype}")
-        if settings.head_dim % native.BLOCK or settings.head_dim > native.MOST_HEAD_DIM or decoder.hidden % 16:
-            raise UnsupportedError(f"expected a head size in steps of 16, up to {native.MOST_HEAD_DIM}, found others")
-        self._decoder, self.dtype = replace(decoder, layers=()), dtype  # what is packed is not held here as well
-        self._threads = threads or torch.get_num_threads()
-        self._keep: list[Tensor] = []
-        shapes = [shape for layer in decoder.layers for shape in _shapes(layer)]
-        self._arena = _Arena(sum(_padded_size(shape) for shape in [decoder.head.shape, *shapes]) * dtype.itemsize)
-        self._layers = (native.Layer * len(decoder.layers))()
-        for at, layer in enumerate(decoder.layers):
-            biases = {
-                "qkv": layer.qkv_bias,
-                "output": layer.output_bias,
-                "gate_up": _interleaved_biases(layer),
-                "down": layer.down_bias,
-            }
-            for name, weight in _layer_matrices(layer).items():
-                setattr(self._layers[at], name, self._linear(weight, biases[name]))
-            for name in ("attention_gain", "mlp_gain", "q_gain", "k_gain"):
-                setattr(self._layers[at], name, self._vector(getattr(layer, name)))
-            self._layers[at].window = layer.window or 0
-            self._layers[at].rotate = layer.rotates
-        rotary = 2 * decoder.tables(0, 1)[0].shape[1]
-        self._model = native.Model(
-            layers=self._layers,
-            head=self._linear(decoder.head, None),
-            final_gain=self._vector(decoder.final_gain),
-            dtype=native.DTYPES[dtype],
-            layer_count=len(decoder.layers),
-            hidden=decoder.hidden,
-            inner=decoder.layers[0].gate.shape[0],
-            heads=settings.heads,
-            kv_heads=settings.kv_heads,
-            head_dim=settings.head_dim,
-            rotary=rotary,
-            activation=native.ACTIVATIONS[settings.activation],
-            capacity=0,
-            eps=settings.eps,
-            qk_eps=settings.qk_eps,
-            attention_scale=settings.attention_scale,
-            residual_scale=settings.residual_scale,
-        )
-        self._vocabulary = decoder.head.shape[0]
+        check_supported(decoder)
+        self._threads = threads
         self._cache: list[tuple[Tensor, Tensor]] = []
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._cos, self._sin = decoder.tables(0, 0)
-        self.length = 0
+        self._lengths = torch.zeros(1, dtype=torch.int32)
+        self._capacity = 0
+        self.read(decoder)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copy of a model, also one in a file, has no packed weights: it generates as Transformers does."""
+        """A copy of a model, also one in a file, has no fused decoder: it generates as Transformers does."""
         return type(None), ()
 
+    def read(self, decoder: Decoder) -> None:
+        """Use the weights of this decoder, of the same sizes, from now on. What is in the cache stays."""
+        self._decoder, self._keep = decoder, []
+        self._layers = (native.Layer * len(decoder.layers))()
+        for layer, weights in zip(self._layers, decoder.layers, strict=True):
+            fill_layer(layer, weights, self._keep)
+        for at, (keys, values) in enumerate(self._cache):
+            self._layers[at].keys, self._layers[at].values = keys.data_ptr(), values.data_ptr()
+        self._model = native.Model(
+            layers=self._layers,
+            layer_count=len(self._layers),
+            head=native_linear(decoder.head, None, self._keep),
+            final_gain=address(decoder.final_gain, self._keep),
+            final_norm=1,
+            capacity=self._capacity,
+            **sizes(decoder.layers[0], decoder.settings, 2 * decoder.tables(0, 1)[0].shape[1]),
+        )
+        self._cos, self._sin = decoder.tables(0, self._capacity)
+
     @property
-    def packed_bytes(self) -> int:
-        """Size of the packed weights."""
-        return self._arena.size
+    def weight_bytes(self) -> int:
+        """Size of all weights that a step reads."""
+        matrices = [
+            self._model.head,
+            *(getattr(layer, name) for layer in self._layers for name in native.LINEARS),
+        ]
+        return sum(one.inputs * one.outputs for one in matrices) * self._decoder.head.dtype.itemsize
 
-    def reset(self, length: int = 0) -> None:
-        """Forget what comes after the first `length` tokens."""
-        self.length = min(self.length, length)
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text so far."""
+        return self._lengths.tolist()
 
-    def step(self, ids: Tensor, rows: int = 1) -> Tensor:
-        """Run more tokens of the text.
+    def start(self, texts: int = 1) -> None:
+        """Forget all texts; there are so many new ones, without any token."""
+        if texts != len(self._lengths):
+            self._cache, self._capacity = [], 0
+        self._lengths = torch.zeros(texts, dtype=torch.int32)
+
+    def truncate(self, length: int) -> None:
+        """Forget what comes after the first `length` tokens of each text."""
+        self._lengths.clamp_(max=length)
+
+    def extend(self, ids: Tensor, rows: int = 1, text: int = 0) -> Tensor:
+        """Run more tokens of one text.
 
         Args:
             ids: `[tokens]`.
             rows: for how many of the last tokens logits are wanted.
+            text: which one.
 
         Returns:
             `[rows, vocabulary]`, float32.
@@ -117,116 +100,115 @@ class FusedDecoder:
         for start in range(0, len(ids), _CHUNK):
             chunk = ids[start : start + _CHUNK]
             wanted = max(0, min(len(chunk), start + len(chunk) - (len(ids) - rows)))
-            logits.append(self._run(chunk, wanted))
+            logits.append(self._run(chunk[None], wanted, text))
         return torch.cat(logits)
 
-    def _run(self, ids: Tensor, rows: int) -> Tensor:
-        count, past = len(ids), self.length
-        self._grow(past + count)
-        x = F.embedding(ids, self._decoder.embedding).float()
-        if self._decoder.embedding_scale != 1:
-            x *= self._decoder.embedding_scale
-        logits = torch.empty(rows, -(-self._vocabulary // native.BLOCK) * native.BLOCK)
-        model = ctypes.byref(self._model)
-        needed = self._kernels.flashnorm_decode_memory(model, count, past, self._threads)
-        if len(self._memory) < needed + 64:
-            self._memory = torch.empty(needed + 64, dtype=torch.uint8)
-        memory = -(-self._memory.data_ptr() // 64) * 64
-        half = self._cos.shape[1] * 4
-        self._kernels.flashnorm_decode(
-            *(model, x.data_ptr(), count, past),
-            *(self._cos.data_ptr() + past * half, self._sin.data_ptr() + past * half),
-            *(logits.data_ptr(), rows, memory, self._threads),
+    def step(self, ids: Tensor) -> Tensor:
+        """Run one more token of every text: `[texts]` -> `[texts, vocabulary]`, float32."""
+        return self._run(ids[:, None], len(ids), 0)
+
+    def _run(self, ids: Tensor, rows: int, first_text: int) -> Tensor:
+        texts, tokens = ids.shape
+        past = self._lengths[first_text : first_text + texts]
+        self._grow(int(past.max()) + tokens)
+        decoder = self._decoder
+        x = F.embedding(ids.flatten(), decoder.embedding).float()
+        if decoder.embedding_scale != 1:
+            x *= decoder.embedding_scale
+        logits = torch.empty(rows, padded(len(decoder.head)))
+        call = native.Call(
+            x=x.data_ptr(),
+            cos=self._cos.data_ptr(),
+            sin=self._sin.data_ptr(),
+            past=past.data_ptr(),
+            texts=texts,
+            tokens=tokens,
+            first_text=first_text,
+            logits=logits.data_ptr(),
+            logit_rows=rows,
+            threads=self._threads,
         )
-        self.length += count
-        logits = logits[:, : self._vocabulary]
-        return logits if self._decoder.logit_scale == 1 else logits * self._decoder.logit_scale
+        native.run(self._model, call)
+        past += tokens
+        logits = logits[:, : len(decoder.head)]
+        return logits if decoder.logit_scale == 1 else logits * decoder.logit_scale
 
     def _grow(self, length: int) -> None:
         """Room for so many positions."""
-        old = self._model.capacity
+        old = self._capacity
         if length <= old:
             return
         capacity = max(-(-length // _GROWTH) * _GROWTH, 2 * old)
         settings, block = self._decoder.settings, native.BLOCK
-        kv, d = settings.kv_heads, settings.head_dim
-        for at in range(len(self._layers)):
-            keys = torch.zeros(kv, capacity // block, d, block, dtype=self.dtype)
-            values = torch.zeros(kv, d // block, capacity, block, dtype=self.dtype)
+        texts, kv, d, dtype = len(self._lengths), settings.kv_heads, settings.head_dim, self._decoder.head.dtype
+        for at, layer in enumerate(self._layers):
+            keys = torch.zeros(texts, kv, capacity // block, d, block, dtype=dtype)
+            values = torch.zeros(texts, kv, d // block, capacity, block, dtype=dtype)
             if old:
-                keys[:, : old // block] = self._cache[at][0]
-                values[:, :, :old] = self._cache[at][1]
+                keys[:, :, : old // block] = self._cache[at][0]
+                values[:, :, :, :old] = self._cache[at][1]
                 self._cache[at] = keys, values
             else:
                 self._cache.append((keys, values))
-            self._layers[at].keys, self._layers[at].values = keys.data_ptr(), values.data_ptr()
-        self._model.capacity = capacity
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        self._model.capacity = self._capacity = capacity
         self._cos, self._sin = self._decoder.tables(0, capacity)
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> native.Linear:
-        packed = self._arena.put(native.pack(weight))
-        outputs = -(-weight.shape[0] // native.BLOCK) * native.BLOCK
-        inputs = weight.shape[1] + weight.shape[1] % 2
-        return native.Linear(packed.data_ptr(), self._vector(bias, outputs), inputs, weight.shape[0])
 
-    def _vector(self, values: Tensor | None, size: int = 0) -> int | None:
-        if values is None:
-            return None
-        vector = torch.zeros(max(size, len(values)))
-        vector[: len(values)] = values.float()
-        self._keep.append(vector)
-        return vector.data_ptr()
-
-
-class _Arena:
-    """One piece of memory for all weights, in huge pages where the system has them."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self._memory = mmap.mmap(-1, max(size, 1))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._used = 0
-
-    def put(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor in the arena."""
-        count = tensor.numel() * tensor.element_size()
-        place = self._bytes[self._used : self._used + count].view(tensor.dtype).view(tensor.shape)
-        self._used += -(-count // 64) * 64
-        return place.copy_(tensor)
+def check_supported(decoder: Decoder) -> None:
+    """Raises `UnsupportedError` if there are no kernels for this decoder."""
+    if native.library() is None:
+        raise UnsupportedError(
+            "expected compiled kernels, found none: install flashnorm from source where there is a C++ compiler"
+        )
+    if decoder.head.dtype not in native.DTYPES:
+        raise UnsupportedError(f"expected float32, bfloat16 or float16 weights, found {decoder.head.dtype}")
+    head_dim = decoder.settings.head_dim
+    if head_dim % native.BLOCK or head_dim > native.MOST_HEAD_DIM or decoder.hidden % native.BLOCK:
+        raise UnsupportedError(f"expected a head size in steps of 16, up to {native.MOST_HEAD_DIM}, found others")
 
 
-def _padded_size(shape: tuple[int, ...]) -> int:
-    """Elements of a packed matrix, at most: both sizes padded to a multiple of sixteen."""
-    outputs, inputs = (-(-size // native.BLOCK) * native.BLOCK for size in shape)
-    return outputs * inputs
-
-
-def _shapes(layer: LayerWeights) -> list[tuple[int, ...]]:
-    """Of the matrices of `_layer_matrices`; those of gate and up projection are apart here."""
-    return [tuple(one.shape) for one in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)]
-
-
-def _layer_matrices(layer: LayerWeights) -> dict[str, Tensor]:
-    """Gate and up projection take turns, sixteen outputs each; the down projection has as many inputs."""
-    inner = layer.gate.shape[0]
-    more = -inner % native.BLOCK
-    gate, up = (F.pad(one, (0, 0, 0, more)).unflatten(0, (-1, native.BLOCK)) for one in (layer.gate, layer.up))
+def sizes(weights: LayerWeights, settings: LayerSettings, rotary: int) -> dict[str, Any]:
+    """The fields of `native.Model` that all layers share."""
     return {
-        "qkv": layer.qkv,
-        "output": layer.output,
-        "gate_up": torch.stack([gate, up], 1).flatten(0, 2),
-        "down": F.pad(layer.down, (0, more)),
+        "dtype": native.DTYPES[weights.q.dtype],
+        "hidden": weights.q.shape[1],
+        "inner": len(weights.gate),
+        "heads": settings.heads,
+        "kv_heads": settings.kv_heads,
+        "head_dim": settings.head_dim,
+        "rotary": rotary,
+        "activation": native.ACTIVATIONS[settings.activation],
+        "eps": settings.eps,
+        "qk_eps": settings.qk_eps,
+        "attention_scale": settings.attention_scale,
+        "residual_scale": settings.residual_scale,
     }
 
 
-def _interleaved_biases(layer: LayerWeights) -> Tensor | None:
-    if layer.gate_bias is None and layer.up_bias is None:
+def fill_layer(layer: native.Layer, weights: LayerWeights, keep: list[Tensor]) -> None:
+    """Point to a layer's weights. What has to be copied for it is put into `keep`, and has to live as long."""
+    for name in native.LINEARS:
+        setattr(layer, name, native_linear(getattr(weights, name), getattr(weights, f"{name}_bias"), keep))
+    for name in native.GAINS:
+        setattr(layer, name, address(getattr(weights, name), keep))
+    layer.window, layer.rotate = weights.window or 0, weights.rotates
+
+
+def native_linear(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> native.Linear:
+    """Point to a linear's weights, `[outputs, inputs]`, and to its bias in float32."""
+    keep.append(weight.contiguous())
+    return native.Linear(keep[-1].data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0])
+
+
+def address(values: Tensor | None, keep: list[Tensor]) -> int | None:
+    """Of a vector in float32, as the kernels want it: with zeros up to a whole block."""
+    if values is None:
         return None
-    inner = layer.gate.shape[0]
-    parts = [
-        F.pad(torch.zeros(inner) if bias is None else bias.float(), (0, -inner % native.BLOCK))
-        for bias in (layer.gate_bias, layer.up_bias)
-    ]
-    return torch.stack([part.unflatten(0, (-1, native.BLOCK)) for part in parts], 1).flatten()
+    keep.append(F.pad(values.float(), (0, -len(values) % native.BLOCK)).contiguous())
+    return keep[-1].data_ptr()
+
+
+def padded(count: int) -> int:
+    """In whole blocks."""
+    return -(-count // native.BLOCK) * native.BLOCK

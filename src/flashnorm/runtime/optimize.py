@@ -117,8 +117,8 @@ def _sample(
             streamer=streamer,
             **model_kwargs,
         )
-    decoder.reset()
-    logits = decoder.step(input_ids[0])
+    decoder.start()
+    logits = decoder.extend(input_ids[0])
     while True:
         scores = logits_processor(input_ids, logits)
         if generation_config.do_sample:

@@ -38,7 +38,7 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder's weights, which are the model's own wherever they lie together.
+    """A decoder's weights, which are the model's own.
 
     Attributes:
         layers: one entry a layer.
@@ -89,6 +89,13 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     Raises:
         UnsupportedError: some part is not what the kernels compute.
     """
+    decoder = find_decoder(model)
+    _prove(model, decoder)
+    return decoder
+
+
+def find_decoder(model: PreTrainedModel) -> Decoder:
+    """The weights, where they lie now, of a decoder that is proven already; see `read_decoder`."""
     base: Any = model.base_model
     config: Any = model.config
     kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
@@ -114,7 +121,7 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         attention_scale=float(getattr(first, "scaling", head_dim**-0.5)),
         residual_scale=float(getattr(layers[0], "residual_multiplier", 1.0)),
     )
-    decoder = Decoder(
+    return Decoder(
         layers=tuple(_layer(layer, config, i) for i, layer in enumerate(layers)),
         settings=settings,
         head=head.weight.detach(),
@@ -124,8 +131,6 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
         logit_scale=1 / float(getattr(config, "logits_scaling", 1.0)),
     )
-    _prove(model, decoder)
-    return decoder
 
 
 def _attribute(module: Any, name: str) -> Any:
@@ -150,28 +155,18 @@ def _gain(norm: Any) -> Tensor | None:
 def _layer(layer: Any, config: Any, index: int) -> LayerWeights:
     """Raises `UnsupportedError` if the layer has other weights than these."""
     attention, mlp = _attribute(layer, "self_attn"), _attribute(layer, "mlp")
-    names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
-    qkv = [_attribute(attention, name) for name in names]
-    if hasattr(mlp, "gate_up_proj"):
-        gate, up = (part.detach() for part in mlp.gate_up_proj.weight.chunk(2))
-        gate_bias, up_bias = mlp.gate_up_proj.bias.chunk(2) if mlp.gate_up_proj.bias is not None else (None, None)
-    else:
-        gate, up = (_attribute(mlp, name).weight.detach() for name in ("gate_proj", "up_proj"))
-        gate_bias, up_bias = mlp.gate_proj.bias, mlp.up_proj.bias
+    q_size = config.num_attention_heads * attention.head_dim
+    kv_size = config.num_key_value_heads * attention.head_dim
+    parts = {
+        **_parts(attention, ("q", "k", "v"), "qkv_proj", (q_size, kv_size, kv_size)),
+        **_parts(mlp, ("gate", "up"), "gate_up_proj", (config.intermediate_size,) * 2),
+        **_parts(attention, ("output",), "o_proj", (config.hidden_size,)),
+        **_parts(mlp, ("down",), "down_proj", (config.hidden_size,)),
+    }
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[index] == "sliding_attention")
-    output = _attribute(attention, "o_proj")
     found = LayerWeights(
-        qkv=torch.cat([linear.weight.detach() for linear in qkv]) if len(qkv) > 1 else qkv[0].weight.detach(),
-        qkv_bias=torch.cat([linear.bias for linear in qkv]) if qkv[0].bias is not None else None,
-        output=output.weight.detach(),
-        output_bias=output.bias,
-        gate=gate,
-        up=up,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down=_attribute(mlp, "down_proj").weight.detach(),
-        down_bias=mlp.down_proj.bias,
+        **parts,
         attention_gain=_gain(_attribute(layer, "input_layernorm")),
         mlp_gain=_gain(_attribute(layer, "post_attention_layernorm")),
         q_gain=_gain(getattr(attention, "q_norm", None)),
@@ -184,6 +179,27 @@ def _layer(layer: Any, config: Any, index: int) -> LayerWeights:
     if size != others:
         raise UnsupportedError(f"expected layer {index} to have {size} weights, found {others}")
     return found
+
+
+def _parts(module: Any, names: tuple[str, ...], fused: str, sizes: tuple[int, ...]) -> dict[str, Tensor | None]:
+    """Weights and biases of linears that are alone, `<name>_proj`, or parts of a fused one."""
+    found: dict[str, Tensor | None] = {}
+    together = getattr(module, fused, None)
+    if together is None:
+        for name in names:
+            linear = _attribute(module, f"{name}_proj")
+            found |= {name: linear.weight.detach(), f"{name}_bias": _detached(linear.bias)}
+        return found
+    if len(together.weight) != sum(sizes):
+        raise UnsupportedError(f"expected {fused} to have {sum(sizes)} outputs, found {len(together.weight)}")
+    biases = [None] * len(names) if together.bias is None else together.bias.detach().split(sizes)
+    for name, weight, bias in zip(names, together.weight.detach().split(sizes), biases, strict=True):
+        found |= {name: weight, f"{name}_bias": bias}
+    return found
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
 
 
 # --- the proof
@@ -218,7 +234,9 @@ def _check_shapes(decoder: Decoder) -> None:
     settings, hidden, inner = decoder.settings, decoder.hidden, decoder.layers[0].gate.shape[0]
     q_size = settings.heads * settings.head_dim
     expected = {
-        "qkv": (q_size + 2 * settings.kv_heads * settings.head_dim, hidden),
+        "q": (q_size, hidden),
+        "k": (settings.kv_heads * settings.head_dim, hidden),
+        "v": (settings.kv_heads * settings.head_dim, hidden),
         "output": (hidden, q_size),
         "gate": (inner, hidden),
         "up": (inner, hidden),

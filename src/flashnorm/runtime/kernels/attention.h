@@ -9,6 +9,7 @@
 namespace FLASHNORM_ISA {
 
 constexpr int kSpan = 128;  // positions at a time
+constexpr int kMostHeadDim = 256;
 
 template <class C>
 struct Cache {
@@ -44,8 +45,8 @@ void attend(const Cache<C>& cache, const typename C::Element* keys, const typena
     const int count = std::min(kSpan, end - from);
     const auto* k = keys + int64_t(from) * d;
     for (int b = 0; b * kBlock < count; ++b)
-      tile_of<Plain<C>, 1>(rows, q, ldq, k + int64_t(b) * kBlock * d, 0, d, 0, 0,
-                           [&](int r, int, const Vec(&s)[1]) { store(score[r] + b * kBlock, s[0]); });
+      tile_of<Plain<C>, 1>(rows, q, ldq, k + int64_t(b) * kBlock * d, 0, d,
+                           [&](int r, const Vec(&s)[1]) { store(score[r] + b * kBlock, s[0]); });
     for (int r = 0; r < rows; ++r) {
       float* s = score[r];
       const int padded = (count + kBlock - 1) / kBlock * kBlock;
@@ -73,7 +74,7 @@ void attend(const Cache<C>& cache, const typename C::Element* keys, const typena
     }
     for (int c = 0; c < d; c += kBlock)
       tile_of<Plain<C>, 1>(rows, &score[0][0], kSpan, values + int64_t(c) * cache.capacity + int64_t(from) * kBlock, 0,
-                           count, 0, 0, [&](int r, int, const Vec(&s)[1]) {
+                           count, [&](int r, const Vec(&s)[1]) {
                              store(out + r * d + c, load(out + r * d + c) + s[0]);
                            });
   }

@@ -3,9 +3,9 @@
 
 #include "api.h"
 
-#define FLASHNORM_DECLARE(isa)                                                                                     \
-  namespace isa {                                                                                                  \
-  int64_t decode(const FlashnormModel&, float*, int, int, const float*, const float*, float*, int, void*, int);    \
+#define FLASHNORM_DECLARE(isa) \
+  namespace isa {              \
+  int64_t run(const FlashnormModel&, const FlashnormCall&, FlashnormPart); \
   }
 
 FLASHNORM_DECLARE(flashnorm_base)
@@ -19,23 +19,23 @@ namespace {
 
 struct Kernels {
   const char* name;
-  decltype(&flashnorm_base::decode) decode;
+  decltype(&flashnorm_base::run) run;
 };
 
 // From the least to the most capable; those that run here come first.
 int supported(Kernels (&found)[4]) {
   int count = 0;
-  found[count++] = {"base", flashnorm_base::decode};
+  found[count++] = {"base", flashnorm_base::run};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
     return count;
-  found[count++] = {"avx2", flashnorm_avx2::decode};
+  found[count++] = {"avx2", flashnorm_avx2::run};
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return count;
-  found[count++] = {"avx512", flashnorm_avx512::decode};
-  if (__builtin_cpu_supports("avx512bf16")) found[count++] = {"avx512_bf16", flashnorm_avx512_bf16::decode};
+  found[count++] = {"avx512", flashnorm_avx512::run};
+  if (__builtin_cpu_supports("avx512bf16")) found[count++] = {"avx512_bf16", flashnorm_avx512_bf16::run};
 #endif
   return count;
 }
@@ -63,16 +63,8 @@ const char* flashnorm_isa_name(int32_t i) { return choice().kernels[i].name; }
 // Use these kernels from now on, for comparisons.
 void flashnorm_isa_choose(int32_t i) { choice().chosen = std::min(std::max(i, 0), choice().count - 1); }
 
-// Bytes of memory that flashnorm_decode needs for so many tokens.
-int64_t flashnorm_decode_memory(const FlashnormModel* model, int32_t tokens, int32_t past, int32_t threads) {
-  return choice().kernels[choice().chosen].decode(*model, nullptr, tokens, past, nullptr, nullptr, nullptr, 0, nullptr,
-                                                  threads);
-}
-
-// Run `tokens` tokens through all layers after `past` others, whose keys and values the caches hold.
-// x: [tokens][hidden] embeddings, overwritten. cos, sin: [tokens][rotary / 2]. logits: [logit_rows][padded vocabulary].
-void flashnorm_decode(const FlashnormModel* model, float* x, int32_t tokens, int32_t past, const float* cos,
-                      const float* sin, float* logits, int32_t logit_rows, void* memory, int32_t threads) {
-  choice().kernels[choice().chosen].decode(*model, x, tokens, past, cos, sin, logits, logit_rows, memory, threads);
+// Without memory: how many bytes of it the call needs. With it: compute a part of the model, or all of it.
+int64_t flashnorm_run(const FlashnormModel* model, const FlashnormCall* call, FlashnormPart part) {
+  return choice().kernels[choice().chosen].run(*model, *call, part);
 }
 }

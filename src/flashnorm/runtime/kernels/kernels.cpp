@@ -5,37 +5,42 @@
 
 namespace FLASHNORM_ISA {
 
-// From this many tokens on, bf16 activations and the dot-product instruction: arithmetic is what counts then.
-constexpr int kManyTokens = 4;
-
-template <class L, class C>
-int64_t run(const FlashnormModel& model, float* x, int tokens, int past, const float* cos, const float* sin,
-            float* logits, int logit_rows, void* memory, int threads) {
-  Decoder<L, C> decoder(model, x, tokens, past, cos, sin, logits, logit_rows, threads);
-  const int64_t size = decoder.lay_out(static_cast<char*>(memory));
-  if (!memory) return size;
-#pragma omp parallel num_threads(threads)
+template <class K>
+int64_t run(const FlashnormModel& model, const FlashnormCall& call, FlashnormPart part) {
+  Decoder<K> decoder(model, call);
+  const int64_t size = decoder.lay_out(static_cast<char*>(call.memory));
+  if (!call.memory) return size;
+#pragma omp parallel num_threads(call.threads)
   {
 #pragma omp single
     decoder.set_threads(omp_get_num_threads());
-    decoder.run(omp_get_thread_num());
+    const int me = omp_get_thread_num();
+    switch (part) {
+      case kAttentionInputs: decoder.attention_inputs(me); break;
+      case kAfterAttention: decoder.after_attention(me); break;
+      default: decoder.run(me);
+    }
   }
   return size;
 }
 
-int64_t decode(const FlashnormModel& model, float* x, int tokens, int past, const float* cos, const float* sin,
-               float* logits, int logit_rows, void* memory, int threads) {
+// Bytes of memory that the call needs; with that memory, the call is done.
+int64_t run(const FlashnormModel& model, const FlashnormCall& call, FlashnormPart part) {
+  const bool few = call.texts * call.tokens <= kFewTokens;
   switch (model.dtype) {
     case kBfloat16:
+      if (few) return run<Few<Bf16>>(model, call, part);
 #if defined(__AVX512BF16__)
-      if (tokens >= kManyTokens)
-        return run<DotPairs, Bf16>(model, x, tokens, past, cos, sin, logits, logit_rows, memory, threads);
+      return run<Many<Bf16, DotPairs>>(model, call, part);
+#else
+      return run<Many<Bf16, Plain<Fp32>>>(model, call, part);
 #endif
-      return run<Pairs, Bf16>(model, x, tokens, past, cos, sin, logits, logit_rows, memory, threads);
     case kFloat16:
-      return run<Plain<Fp16>, Fp16>(model, x, tokens, past, cos, sin, logits, logit_rows, memory, threads);
+      if (few) return run<Few<Fp16>>(model, call, part);
+      return run<Many<Fp16, Plain<Fp32>>>(model, call, part);
     default:
-      return run<Plain<Fp32>, Fp32>(model, x, tokens, past, cos, sin, logits, logit_rows, memory, threads);
+      if (few) return run<Few<Fp32>>(model, call, part);
+      return run<Many<Fp32, Plain<Fp32>>>(model, call, part);
   }
 }
 

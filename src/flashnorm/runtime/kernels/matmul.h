@@ -1,7 +1,9 @@
-// Linears: packed weights times the activations of a few tokens (bound by memory) or of many (bound by arithmetic).
+// Linears: weights as they lie in a model, [output][input], times the activations of a few tokens (bound by memory) or
+// of many (bound by arithmetic).
 //
-// Packed: the weights of sixteen outputs lie next to each other, input after input; bf16 in pairs of inputs, which is
-// what the dot-product instruction reads. One tile of `kTokens` tokens by `N` such blocks stays in registers.
+// Few: one row after the other, each a dot product with every token. Memory is read in one stream, as it lies, which is
+// what the processor's own prefetching is best at. Many: sixteen or thirty-two rows are first packed into the cache,
+// input after input, and a tile of `kTokens` tokens by all these outputs stays in registers.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +19,24 @@ constexpr int kTokens = 5, kWide = 1;  // 20 in 32
 #else
 constexpr int kTokens = 4, kWide = 1;  // 8 in 16
 #endif
-constexpr int kAhead = 1024;  // bytes that are fetched before they are needed
+constexpr int kFewTokens = 4;
+constexpr int kRowStep = 2 * kBlock;  // inputs of a row at a time
+constexpr int kAhead = 512;           // bytes that are fetched before they are needed
 
 inline void fetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
-// Weights of plain layout: [block][input][16].
+// Room for a row of so many numbers; what is over is zero.
+inline int row_size(int count) { return (count + kRowStep - 1) / kRowStep * kRowStep; }
+
+// The share of `count` things that thread `me` of `all` does.
+struct Share {
+  int begin, end;
+  Share(int count, int me, int all) : begin(int64_t(count) * me / all), end(int64_t(count) * (me + 1) / all) {}
+};
+
+// --- tiles: packed weights times activations, all sums in registers
+
+// Weights of plain layout: [input][16].
 template <class W>
 struct Plain {
   using Element = typename W::Element;
@@ -29,61 +44,25 @@ struct Plain {
   static constexpr int kStep = 1;
 
   template <int M, int N>
-  static inline void step(Vec (&sum)[M][N], const float* x, int ldx, const Element* w, int64_t block, int k) {
+  static inline void step(Vec (&sum)[M][N], const float* x, int64_t ldx, const Element* w, int64_t block, int k) {
     Vec v[N];
-    for (int n = 0; n < N; ++n) {
-      const Element* from = w + n * block + int64_t(k) * kBlock;
-      if ((k * kBlock * sizeof(Element)) % 64 == 0) fetch(reinterpret_cast<const char*>(from) + kAhead);
-      v[n] = W::load(from);
-    }
+    for (int n = 0; n < N; ++n) v[n] = W::load(w + n * block + int64_t(k) * kBlock);
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) multiply_add(sum[m][n], v[n], splat(x[m * ldx + k]));
   }
 };
 
-// bf16 in pairs: [block][input / 2][16][2], with exact float32 products.
-struct Pairs {
-  using Element = uint16_t;
-  using Activation = float;
-  static constexpr int kStep = 2;
-
-  template <int M, int N>
-  static inline void step(Vec (&sum)[M][N], const float* x, int ldx, const Element* w, int64_t block, int k) {
-    Vec even[N], odd[N];
-    for (int n = 0; n < N; ++n) {
-      const Element* from = w + n * block + int64_t(k) * kBlock;
-      fetch(reinterpret_cast<const char*>(from) + kAhead);
-      for (int p = 0; p < kParts; ++p) {
-        Bits both;
-        memcpy(&both, from + p * 2 * kLanes, sizeof both);
-        Bits low = both << 16, high = both & 0xffff0000u;
-        memcpy(&even[n].part[p], &low, sizeof low);
-        memcpy(&odd[n].part[p], &high, sizeof high);
-      }
-    }
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) {
-        multiply_add(sum[m][n], even[n], splat(x[m * ldx + k]));
-        multiply_add(sum[m][n], odd[n], splat(x[m * ldx + k + 1]));
-      }
-  }
-};
-
 #if defined(__AVX512BF16__)
-// The same with activations in bf16: two products at a time, summed in float32.
+// bf16 in pairs, [input / 2][16][2], and activations in bf16: two products at a time, summed in float32.
 struct DotPairs {
   using Element = uint16_t;
   using Activation = uint16_t;
   static constexpr int kStep = 2;
 
   template <int M, int N>
-  static inline void step(Vec (&sum)[M][N], const uint16_t* x, int ldx, const Element* w, int64_t block, int k) {
+  static inline void step(Vec (&sum)[M][N], const uint16_t* x, int64_t ldx, const Element* w, int64_t block, int k) {
     __m512bh v[N];
-    for (int n = 0; n < N; ++n) {
-      const Element* from = w + n * block + int64_t(k) * kBlock;
-      fetch(reinterpret_cast<const char*>(from) + kAhead);
-      v[n] = (__m512bh)_mm512_loadu_si512(from);
-    }
+    for (int n = 0; n < N; ++n) v[n] = (__m512bh)_mm512_loadu_si512(w + n * block + int64_t(k) * kBlock);
     for (int m = 0; m < M; ++m) {
       int32_t pair;
       memcpy(&pair, x + m * ldx + k, 4);
@@ -95,63 +74,183 @@ struct DotPairs {
 };
 #endif
 
-// sum[m][n] += x[m] . w[n], over `in` inputs. `block` is the distance of two blocks of outputs, in elements.
-template <class L, int M, int N>
-inline void multiply(Vec (&sum)[M][N], const typename L::Activation* x, int ldx, const typename L::Element* w,
-                     int64_t block, int in) {
-  for (int k = 0; k < in; k += L::kStep) L::template step<M, N>(sum, x, ldx, w, block, k);
-}
-
-// `emit(token, output, vectors[N])` for every token of a tile.
-template <class L, int M, int N, class Emit>
-inline void tile(const typename L::Activation* x, int ldx, const typename L::Element* w, int64_t block, int in,
-                 int token, int output, const Emit& emit) {
+// `emit(token, vectors[N])` for M tokens. `block` is the distance of two blocks of outputs, in elements.
+template <class T, int M, int N, class Emit>
+inline void tile(const typename T::Activation* x, int64_t ldx, const typename T::Element* w, int64_t block, int in,
+                 const Emit& emit) {
   Vec sum[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) sum[m][n] = splat(0);
-  multiply<L, M, N>(sum, x, ldx, w, block, in);
-  for (int m = 0; m < M; ++m) emit(token + m, output, sum[m]);
+  for (int k = 0; k < in; k += T::kStep) T::template step<M, N>(sum, x, ldx, w, block, k);
+  for (int m = 0; m < M; ++m) emit(m, sum[m]);
 }
 
 // A tile of any number of tokens up to kTokens.
-template <class L, int N, class Emit, int M = kTokens>
-inline void tile_of(int tokens, const typename L::Activation* x, int ldx, const typename L::Element* w, int64_t block,
-                    int in, int token, int output, const Emit& emit) {
+template <class T, int N, class Emit, int M = kTokens>
+inline void tile_of(int tokens, const typename T::Activation* x, int64_t ldx, const typename T::Element* w,
+                    int64_t block, int in, const Emit& emit) {
   if constexpr (M > 0) {
     if (tokens == M)
-      tile<L, M, N>(x, ldx, w, block, in, token, output, emit);
+      tile<T, M, N>(x, ldx, w, block, in, emit);
     else
-      tile_of<L, N, Emit, M - 1>(tokens, x, ldx, w, block, in, token, output, emit);
+      tile_of<T, N, Emit, M - 1>(tokens, x, ldx, w, block, in, emit);
   }
 }
 
-// The share of `count` things that thread `me` of `all` does.
-struct Share {
-  int begin, end;
-  Share(int count, int me, int all) : begin(int64_t(count) * me / all), end(int64_t(count) * (me + 1) / all) {}
+// --- how linears are computed: `Few` and `Many` tokens
+
+// The weights of N times sixteen outputs; fewer where a linear ends. Absent rows count as zero.
+template <class Element, int N>
+struct Outputs {
+  const Element* rows[N];
+  int count[N];
 };
 
-// All outputs of a linear for all tokens, shared among threads by blocks of outputs: each weight is read once for every
-// group of tokens whose activations fit the cache. `N` blocks belong together (a gate and its up projection, say).
-template <class L, int N, class Emit>
-void linear(const typename L::Activation* x, int ldx, const void* weights, int in, int blocks, int tokens, int me,
-            int all, const Emit& emit) {
-  const auto* w = static_cast<const typename L::Element*>(weights);
-  const int64_t block = int64_t(in) * kBlock;
-  const int per_group = std::max<int64_t>(kTokens, (384 * 1024 / (int64_t(in) * sizeof(*x))) / kTokens * kTokens);
-  const Share mine((blocks + N - 1) / N, me, all);
-  for (int group = 0; group < tokens; group += per_group) {
-    const int end = std::min(tokens, group + per_group);
-    for (int panel = mine.begin; panel < mine.end; ++panel) {
-      const int first = panel * N;
-      for (int t = group; t < end; t += kTokens) {
-        const int count = std::min(kTokens, end - t);
-        if (first + N <= blocks)
-          tile_of<L, N>(count, x + int64_t(t) * ldx, ldx, w + first * block, block, in, t, first * kBlock, emit);
-        else  // the last one, alone
-          tile_of<L, 1>(count, x + int64_t(t) * ldx, ldx, w + first * block, block, in, t, first * kBlock, emit);
+template <class W>
+struct Few {
+  using Weights = W;
+  using Element = typename W::Element;
+  using Activation = float;
+  static constexpr int kPanel = 1;      // blocks of outputs at a time
+  static constexpr int kPackedSize = 0;  // bytes for each weight that is packed
+
+  template <int N, class Emit>
+  static void run(const Outputs<Element, N>& w, int in, const float* x, int64_t ldx, int tokens, void*,
+                  const Emit& emit) {
+    of_count<N, kFewTokens>(w, in, x, ldx, tokens, emit);
+  }
+
+ private:
+  template <int N, int M, class Emit>
+  static void of_count(const Outputs<Element, N>& w, int in, const float* x, int64_t ldx, int tokens,
+                       const Emit& emit) {
+    if constexpr (M > 0) {
+      if (tokens != M) return of_count<N, M - 1>(w, in, x, ldx, tokens, emit);
+      Vec y[M][N];
+      for (int n = 0; n < N; ++n) {
+        Vec sums[M][kBlock];
+        for (int r = 0; r < kBlock; ++r) dot<M>(sums, r, r < w.count[n] ? w.rows[n] + int64_t(r) * in : nullptr, in, x, ldx);
+        for (int m = 0; m < M; ++m) y[m][n] = sums_of(sums[m]);
+      }
+      for (int m = 0; m < M; ++m) emit(m, y[m]);
+    }
+  }
+
+  // sums[m][r] = the products of a row and token m, sixteen sums of them.
+  template <int M>
+  static inline void dot(Vec (&sums)[M][kBlock], int r, const Element* w, int in, const float* x, int64_t ldx) {
+    Vec low[M], high[M];
+    for (int m = 0; m < M; ++m) low[m] = high[m] = splat(0);
+    const auto step = [&](const Element* from, int k) {
+      const Vec a = W::load(from), b = W::load(from + kBlock);
+      for (int m = 0; m < M; ++m) {
+        multiply_add(low[m], a, load(x + m * ldx + k));
+        multiply_add(high[m], b, load(x + m * ldx + k + kBlock));
+      }
+    };
+    if (w) {
+      int k = 0;
+      for (; k + kRowStep <= in; k += kRowStep) {
+        for (int at = 0; at < int(kRowStep * sizeof(Element)); at += 64) fetch(reinterpret_cast<const char*>(w + k) + kAhead + at);
+        step(w + k, k);
+      }
+      if (k < in) {
+        Element rest[kRowStep] = {};
+        memcpy(rest, w + k, (in - k) * sizeof(Element));
+        step(rest, k);
       }
     }
+    for (int m = 0; m < M; ++m) sums[m][r] = low[m] + high[m];
+  }
+};
+
+// T: the tile; Packer: sixteen numbers of a row, as a vector of what is packed.
+template <class W, class T>
+struct Many {
+  using Weights = W;
+  using Element = typename W::Element;
+  using Activation = typename T::Activation;
+  static constexpr int kPanel = kWide;
+  static constexpr int kPackedSize = 4 / T::kStep;
+
+  template <int N, class Emit>
+  static void run(const Outputs<Element, N>& w, int in, const Activation* x, int64_t ldx, int tokens, void* scratch,
+                  const Emit& emit) {
+    auto* packed = static_cast<typename T::Element*>(scratch);
+    const int64_t block = int64_t(row_size(in)) * kBlock;
+    for (int n = 0; n < N; ++n) pack(w.rows[n], w.count[n], in, packed + n * block);
+    for (int t = 0; t < tokens; t += kTokens)
+      tile_of<T, N>(std::min(kTokens, tokens - t), x + t * ldx, ldx, packed, block, in,
+                    [&](int m, const Vec(&y)[N]) { emit(t + m, y); });
+  }
+
+ private:
+  // Rows side by side, one after the other for the memory, then sixteen by sixteen out of the cache.
+  static void pack(const Element* rows, int count, int in, typename T::Element* packed) {
+    const auto* bytes = reinterpret_cast<const char*>(rows);
+    for (int64_t at = 0; at < int64_t(count) * in * int64_t(sizeof(Element)); at += 64) fetch(bytes + at);
+    constexpr int kColumns = kBlock * T::kStep;
+    for (int k = 0; k < in; k += kColumns) {
+      Vec v[kBlock];
+      for (int r = 0; r < kBlock; ++r) {
+        if (r >= count) {
+          v[r] = splat(0);
+        } else if (k + kColumns <= in) {
+          v[r] = packable(rows + int64_t(r) * in + k);
+        } else {
+          Element rest[kColumns] = {};
+          memcpy(rest, rows + int64_t(r) * in + k, (in - k) * sizeof(Element));
+          v[r] = packable(rest);
+        }
+      }
+      transpose(v);
+      for (int r = 0; r < kBlock; ++r) store(reinterpret_cast<float*>(packed) + (k / T::kStep + r) * kBlock, v[r]);
+    }
+  }
+
+  // Sixteen floats, or sixteen pairs that move like floats.
+  static Vec packable(const Element* from) {
+    if constexpr (T::kStep == 2)
+      return load(reinterpret_cast<const float*>(from));
+    else
+      return W::load(from);
+  }
+};
+
+// All outputs of a linear for all tokens, shared among threads: `emit(token, output, vectors)`.
+template <class K, class Emit>
+void linear(const typename K::Activation* x, int64_t ldx, const void* weights, int in, int out, int tokens,
+            void* scratch, int me, int all, const Emit& emit) {
+  constexpr int N = K::kPanel;
+  const auto* w = static_cast<const typename K::Element*>(weights);
+  const Share mine((out + N * kBlock - 1) / (N * kBlock), me, all);
+  for (int panel = mine.begin; panel < mine.end; ++panel) {
+    const int o = panel * N * kBlock;
+    const auto with = [&](int m, const auto& y) { emit(m, o, y); };
+    if (o + (N - 1) * kBlock < out) {
+      Outputs<typename K::Element, N> outputs;
+      for (int n = 0; n < N; ++n) {
+        outputs.rows[n] = w + int64_t(o + n * kBlock) * in;
+        outputs.count[n] = std::min(kBlock, out - o - n * kBlock);
+      }
+      K::template run<N>(outputs, in, x, ldx, tokens, scratch, with);
+    } else {  // the last block, alone
+      K::template run<1>({{w + int64_t(o) * in}, {std::min(kBlock, out - o)}}, in, x, ldx, tokens, scratch, with);
+    }
+  }
+}
+
+// Two linears of one size whose outputs belong together: `emit(token, output, {of the first, of the second})`.
+template <class K, class Emit>
+void pair_of_linears(const typename K::Activation* x, int64_t ldx, const void* first, const void* second, int in,
+                     int out, int tokens, void* scratch, int me, int all, const Emit& emit) {
+  const auto *a = static_cast<const typename K::Element*>(first), *b = static_cast<const typename K::Element*>(second);
+  const Share mine((out + kBlock - 1) / kBlock, me, all);
+  for (int panel = mine.begin; panel < mine.end; ++panel) {
+    const int o = panel * kBlock, count = std::min(kBlock, out - o);
+    const int64_t at = int64_t(o) * in;
+    K::template run<2>({{a + at, b + at}, {count, count}}, in, x, ldx, tokens, scratch,
+                       [&](int m, const Vec(&y)[2]) { emit(m, o, y); });
   }
 }
 

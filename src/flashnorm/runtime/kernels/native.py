@@ -2,22 +2,26 @@
 
 import ctypes
 import functools
+import threading
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from flashnorm.runtime.kernels.build import LIBRARY
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-BLOCK = 16  # outputs of a linear whose weights lie next to each other
+BLOCK = 16  # outputs that are computed together
 MOST_HEAD_DIM = 256
+LINEARS = ("q", "k", "v", "output", "gate", "up", "down")
+GAINS = ("attention_gain", "mlp_gain", "q_gain", "k_gain")
+# Parts of a model.
+ALL, ATTENTION_INPUTS, AFTER_ATTENTION = range(3)
+_LINE = 64  # bytes of a line of the cache
 
 
 class Linear(Structure):
-    """Packed weights; see `pack`."""
+    """Weights `[outputs, inputs]`, as they lie in a model."""
 
     _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("outputs", c_int32))
 
@@ -26,8 +30,8 @@ class Layer(Structure):
     """One decoder layer."""
 
     _fields_ = (
-        *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, c_void_p) for name in ("attention_gain", "mlp_gain", "q_gain", "k_gain", "keys", "values")),
+        *((name, Linear) for name in LINEARS),
+        *((name, c_void_p) for name in (*GAINS, "keys", "values")),
         ("window", c_int32),
         ("rotate", c_int32),
     )
@@ -44,10 +48,22 @@ class Model(Structure):
             (name, c_int32)
             for name in (
                 *("dtype", "layer_count", "hidden", "inner", "heads", "kv_heads", "head_dim", "rotary"),
-                *("activation", "capacity"),
+                *("activation", "capacity", "final_norm"),
             )
         ),
         *((name, c_float) for name in ("eps", "qk_eps", "attention_scale", "residual_scale")),
+    )
+
+
+class Call(Structure):
+    """What is to be computed."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "cos", "sin", "past")),
+        *((name, c_int32) for name in ("texts", "tokens", "first_text")),
+        *((name, c_void_p) for name in ("projected", "logits")),
+        *((name, c_int32) for name in ("logit_rows", "threads")),
+        ("memory", c_void_p),
     )
 
 
@@ -59,14 +75,26 @@ def library() -> ctypes.CDLL | None:
     except OSError:
         return None
     loaded.flashnorm_isa_name.restype = c_char_p
-    loaded.flashnorm_decode_memory.restype = c_int64
-    loaded.flashnorm_decode_memory.argtypes = (POINTER(Model), c_int32, c_int32, c_int32)
-    loaded.flashnorm_decode.restype = None
-    loaded.flashnorm_decode.argtypes = (
-        *(POINTER(Model), c_void_p, c_int32, c_int32, c_void_p, c_void_p),
-        *(c_void_p, c_int32, c_void_p, c_int32),
-    )
+    loaded.flashnorm_run.restype = c_int64
+    loaded.flashnorm_run.argtypes = (POINTER(Model), POINTER(Call), c_int32)
     return loaded
+
+
+_scratch = threading.local()
+
+
+def run(model: Model, call: Call, part: int = ALL) -> None:
+    """Compute a part of a model, or all of it, with as many threads as torch uses unless the call says how many."""
+    kernels = library()
+    assert kernels is not None
+    call.threads = call.threads or torch.get_num_threads()
+    call.memory = None
+    needed = kernels.flashnorm_run(model, call, part)
+    memory = getattr(_scratch, "memory", None)
+    if memory is None or len(memory) < needed + _LINE:
+        memory = _scratch.memory = torch.empty(needed + _LINE, dtype=torch.uint8)
+    call.memory = -(-memory.data_ptr() // _LINE) * _LINE
+    kernels.flashnorm_run(model, call, part)
 
 
 def instruction_sets() -> list[str]:
@@ -80,23 +108,3 @@ def choose(instruction_set: str) -> None:
     kernels = library()
     assert kernels is not None
     kernels.flashnorm_isa_choose(instruction_sets().index(instruction_set))
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A linear's weights in the order in which the kernels read them, as a view of them where nothing is padded.
-
-    Outputs are padded with zeros to a multiple of sixteen, inputs to an even number.
-
-    Args:
-        weight: `[outputs, inputs]`, float32, bfloat16 or float16.
-
-    Returns:
-        `[outputs / 16, inputs, 16]`; bfloat16: `[outputs / 16, inputs / 2, 16, 2]`.
-    """
-    outputs, inputs = weight.shape
-    if inputs % 2 or outputs % BLOCK:
-        weight = F.pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
-    rows = weight.unflatten(0, (-1, BLOCK))
-    if weight.dtype == torch.bfloat16:
-        return rows.unflatten(2, (-1, 2)).permute(0, 2, 1, 3)
-    return rows.permute(0, 2, 1)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -73,6 +74,55 @@ inline float sum_of(Vec v) {
   return total;
 }
 
+// The lower or upper halves of two vectors, lane by lane in turn.
+template <bool kUpper>
+inline Part zip(Part a, Part b) {
+  constexpr int kFrom = kUpper ? kLanes / 2 : 0;
+#if defined(__clang__)
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * kLanes)...);
+  }(std::make_integer_sequence<int, kLanes>());
+#else
+  Bits lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = kFrom + i / 2 + i % 2 * kLanes;
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// The sum of each of sixteen vectors. Halving their number, each step leaves half as many lanes to each.
+inline Vec sums_of(const Vec (&v)[kBlock]) {
+  Vec r;
+  FOR_PARTS {
+    Part some[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      some[i] = v[p * kLanes + i].part[0];
+      for (int q = 1; q < kParts; ++q) some[i] += v[p * kLanes + i].part[q];
+    }
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) some[i] = zip<false>(some[i], some[i + half]) + zip<true>(some[i], some[i + half]);
+    r.part[p] = some[0];
+  }
+  return r;
+}
+
+// Sixteen by sixteen: square after square of kLanes, each by perfect shuffles.
+inline void transpose(Vec (&v)[kBlock]) {
+  Vec r[kBlock];
+  FOR_PARTS for (int q = 0; q < kParts; ++q) {
+    Part square[kLanes], next[kLanes];
+    for (int i = 0; i < kLanes; ++i) square[i] = v[p * kLanes + i].part[q];
+    for (int step = 1; step < kLanes; step *= 2) {
+      for (int i = 0; i < kLanes / 2; ++i) {
+        next[2 * i] = zip<false>(square[i], square[i + kLanes / 2]);
+        next[2 * i + 1] = zip<true>(square[i], square[i + kLanes / 2]);
+      }
+      memcpy(square, next, sizeof square);
+    }
+    for (int i = 0; i < kLanes; ++i) r[q * kLanes + i].part[p] = square[i];
+  }
+  memcpy(v, r, sizeof r);
+}
+
 // e^x to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 inline Vec exp(Vec x) {
   FOR_PARTS {
@@ -100,7 +150,7 @@ inline Vec exp(Vec x) {
   return x;
 }
 
-// --- how weights and caches are stored: element types, and `Rows`, sixteen outputs by all inputs
+// --- how weights and caches are stored
 
 struct Bf16 {
   using Element = uint16_t;
