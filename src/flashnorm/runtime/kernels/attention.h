@@ -30,6 +30,20 @@ struct Partial {
   float largest, total;
 };
 
+// `emit(row, output, sixteen outputs)` of so many blocks of outputs, with weights of plain layout.
+template <class C, class Emit>
+void blocks(int count, int rows, const float* x, int ldx, const typename C::Element* w, int64_t block, int in,
+            const Emit& emit) {
+  int b = 0;
+  for (; b + kWide <= count; b += kWide)
+    tile_of<Plain<C>, kWide>(rows, x, ldx, w + b * block, block, in, [&](int r, const Vec(&y)[kWide]) {
+      for (int n = 0; n < kWide; ++n) emit(r, (b + n) * kBlock, y[n]);
+    });
+  for (; b < count; ++b)
+    tile_of<Plain<C>, 1>(rows, x, ldx, w + b * block, block, in,
+                         [&](int r, const Vec(&y)[1]) { emit(r, b * kBlock, y[0]); });
+}
+
 // `rows` (at most kTokens) queries against positions [begin, end). Row r sees [first[r], last[r]] of them.
 // out: [rows][head_dim], not divided by the total.
 template <class C>
@@ -43,18 +57,17 @@ void attend(const Cache<C>& cache, const typename C::Element* keys, const typena
   }
   for (int from = begin; from < end; from += kSpan) {
     const int count = std::min(kSpan, end - from);
-    const auto* k = keys + int64_t(from) * d;
-    for (int b = 0; b * kBlock < count; ++b)
-      tile_of<Plain<C>, 1>(rows, q, ldq, k + int64_t(b) * kBlock * d, 0, d,
-                           [&](int r, const Vec(&s)[1]) { store(score[r] + b * kBlock, s[0]); });
+    const int padded = (count + kBlock - 1) / kBlock * kBlock;
+    blocks<C>(padded / kBlock, rows, q, ldq, keys + int64_t(from) * d, int64_t(kBlock) * d, d,
+              [&](int r, int i, Vec s) { store(score[r] + i, s); });
     for (int r = 0; r < rows; ++r) {
       float* s = score[r];
-      const int padded = (count + kBlock - 1) / kBlock * kBlock;
       const int low = std::max(0, first[r] - from), high = std::min(count, last[r] + 1 - from);
       for (int i = 0; i < std::min(low, padded); ++i) s[i] = -INFINITY;
       for (int i = std::max(high, 0); i < padded; ++i) s[i] = -INFINITY;
-      float largest = partial[r].largest;
-      for (int i = std::max(0, low); i < high; ++i) largest = std::max(largest, s[i]);
+      Vec most = splat(partial[r].largest);
+      for (int i = 0; i < padded; i += kBlock) most = max(most, load(s + i));
+      const float largest = largest_of(most);
       if (largest == -INFINITY) {
         memset(s, 0, padded * sizeof(float));
         continue;
@@ -72,11 +85,8 @@ void attend(const Cache<C>& cache, const typename C::Element* keys, const typena
       if (rescale != 1)
         for (int i = 0; i < d; ++i) out[r * d + i] *= rescale;
     }
-    for (int c = 0; c < d; c += kBlock)
-      tile_of<Plain<C>, 1>(rows, &score[0][0], kSpan, values + int64_t(c) * cache.capacity + int64_t(from) * kBlock, 0,
-                           count, [&](int r, const Vec(&s)[1]) {
-                             store(out + r * d + c, load(out + r * d + c) + s[0]);
-                           });
+    blocks<C>(d / kBlock, rows, &score[0][0], kSpan, values + int64_t(from) * kBlock, int64_t(kBlock) * cache.capacity,
+              count, [&](int r, int i, Vec s) { store(out + r * d + i, load(out + r * d + i) + s); });
   }
 }
 

@@ -68,6 +68,17 @@ inline Vec operator/(Vec a, Vec b) {
 
 inline void multiply_add(Vec& sum, Vec a, Vec b) { FOR_PARTS sum.part[p] += a.part[p] * b.part[p]; }
 
+inline Vec max(Vec a, Vec b) {
+  FOR_PARTS a.part[p] = a.part[p] < b.part[p] ? b.part[p] : a.part[p];
+  return a;
+}
+
+inline float largest_of(Vec v) {
+  float most = v.part[0][0];
+  FOR_PARTS for (int i = 0; i < kLanes; ++i) most = most < v.part[p][i] ? v.part[p][i] : most;
+  return most;
+}
+
 inline float sum_of(Vec v) {
   float total = 0;
   FOR_PARTS for (int i = 0; i < kLanes; ++i) total += v.part[p][i];
