@@ -3,13 +3,10 @@
 Weights are read where the model has them. The cache grows in place.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from flashnorm.runtime.deferred import LayerSettings, LayerWeights
 from flashnorm.runtime.kernels import native
 from flashnorm.runtime.structure import Decoder, UnsupportedError
 
@@ -38,26 +35,23 @@ class FusedDecoder:
         self._capacity = 0
         self.read(decoder)
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copy of a model, also one in a file, has no fused decoder: it generates as Transformers does."""
-        return type(None), ()
-
     def read(self, decoder: Decoder) -> None:
         """Use the weights of this decoder, of the same sizes, from now on. What is in the cache stays."""
         self._decoder, self._keep = decoder, []
         self._layers = (native.Layer * len(decoder.layers))()
         for layer, weights in zip(self._layers, decoder.layers, strict=True):
-            fill_layer(layer, weights, self._keep)
+            native.fill(layer, vars(weights), self._keep)
+            layer.window, layer.rotate = weights.window or 0, weights.rotates
         for at, (keys, values) in enumerate(self._cache):
             self._layers[at].keys, self._layers[at].values = keys.data_ptr(), values.data_ptr()
         self._model = native.Model(
             layers=self._layers,
             layer_count=len(self._layers),
-            head=native_linear(decoder.head, None, self._keep),
-            final_gain=address(decoder.final_gain, self._keep),
+            head=native.linear(decoder.head, None, self._keep),
+            final_gain=native.address(decoder.final_gain, self._keep),
             final_norm=1,
             capacity=self._capacity,
-            **sizes(decoder.layers[0], decoder.settings, 2 * decoder.tables(0, 1)[0].shape[1]),
+            **native.sizes(decoder.layers[0], decoder.settings, 2 * decoder.tables(0, 1)[0].shape[1]),
         )
         self._cos, self._sin = decoder.tables(0, self._capacity)
 
@@ -115,7 +109,7 @@ class FusedDecoder:
         x = F.embedding(ids.flatten(), decoder.embedding).float()
         if decoder.embedding_scale != 1:
             x *= decoder.embedding_scale
-        logits = torch.empty(rows, padded(len(decoder.head)))
+        logits = torch.empty(rows, native.padded(len(decoder.head)))
         call = native.Call(
             x=x.data_ptr(),
             cos=self._cos.data_ptr(),
@@ -166,49 +160,3 @@ def check_supported(decoder: Decoder) -> None:
     head_dim = decoder.settings.head_dim
     if head_dim % native.BLOCK or head_dim > native.MOST_HEAD_DIM or decoder.hidden % native.BLOCK:
         raise UnsupportedError(f"expected a head size in steps of 16, up to {native.MOST_HEAD_DIM}, found others")
-
-
-def sizes(weights: LayerWeights, settings: LayerSettings, rotary: int) -> dict[str, Any]:
-    """The fields of `native.Model` that all layers share."""
-    return {
-        "dtype": native.DTYPES[weights.q.dtype],
-        "hidden": weights.q.shape[1],
-        "inner": len(weights.gate),
-        "heads": settings.heads,
-        "kv_heads": settings.kv_heads,
-        "head_dim": settings.head_dim,
-        "rotary": rotary,
-        "activation": native.ACTIVATIONS[settings.activation],
-        "eps": settings.eps,
-        "qk_eps": settings.qk_eps,
-        "attention_scale": settings.attention_scale,
-        "residual_scale": settings.residual_scale,
-    }
-
-
-def fill_layer(layer: native.Layer, weights: LayerWeights, keep: list[Tensor]) -> None:
-    """Point to a layer's weights. What has to be copied for it is put into `keep`, and has to live as long."""
-    for name in native.LINEARS:
-        setattr(layer, name, native_linear(getattr(weights, name), getattr(weights, f"{name}_bias"), keep))
-    for name in native.GAINS:
-        setattr(layer, name, address(getattr(weights, name), keep))
-    layer.window, layer.rotate = weights.window or 0, weights.rotates
-
-
-def native_linear(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> native.Linear:
-    """Point to a linear's weights, `[outputs, inputs]`, and to its bias in float32."""
-    keep.append(weight.contiguous())
-    return native.Linear(keep[-1].data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0])
-
-
-def address(values: Tensor | None, keep: list[Tensor]) -> int | None:
-    """Of a vector in float32, as the kernels want it: with zeros up to a whole block."""
-    if values is None:
-        return None
-    keep.append(F.pad(values.float(), (0, -len(values) % native.BLOCK)).contiguous())
-    return keep[-1].data_ptr()
-
-
-def padded(count: int) -> int:
-    """In whole blocks."""
-    return -(-count // native.BLOCK) * native.BLOCK

@@ -122,7 +122,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         residual_scale=float(getattr(layers[0], "residual_multiplier", 1.0)),
     )
     return Decoder(
-        layers=tuple(_layer(layer, config, i) for i, layer in enumerate(layers)),
+        layers=tuple(_checked_layer(layer, config, i) for i, layer in enumerate(layers)),
         settings=settings,
         head=head.weight.detach(),
         final_gain=_gain(norm),
@@ -152,8 +152,18 @@ def _gain(norm: Any) -> Tensor | None:
     return None if weight is None else weight.detach()
 
 
-def _layer(layer: Any, config: Any, index: int) -> LayerWeights:
-    """Raises `UnsupportedError` if the layer has other weights than these."""
+def _checked_layer(layer: Any, config: Any, index: int) -> LayerWeights:
+    """Raises `UnsupportedError` if the layer has other weights than those found."""
+    found = read_layer(layer, config, index)
+    size = sum(tensor.numel() for tensor in vars(found).values() if isinstance(tensor, Tensor))
+    others = sum(parameter.numel() for parameter in layer.parameters())
+    if size != others:
+        raise UnsupportedError(f"expected layer {index} to have {size} weights, found {others}")
+    return found
+
+
+def read_layer(layer: Any, config: Any, index: int) -> LayerWeights:
+    """The weights of a decoder layer, as they are now; raises `UnsupportedError` if there is none of that name."""
     attention, mlp = _attribute(layer, "self_attn"), _attribute(layer, "mlp")
     q_size = config.num_attention_heads * attention.head_dim
     kv_size = config.num_key_value_heads * attention.head_dim
@@ -165,7 +175,7 @@ def _layer(layer: Any, config: Any, index: int) -> LayerWeights:
     }
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[index] == "sliding_attention")
-    found = LayerWeights(
+    return LayerWeights(
         **parts,
         attention_gain=_gain(_attribute(layer, "input_layernorm")),
         mlp_gain=_gain(_attribute(layer, "post_attention_layernorm")),
@@ -174,16 +184,11 @@ def _layer(layer: Any, config: Any, index: int) -> LayerWeights:
         window=int(config.sliding_window) if slides else None,
         rotates=bool(getattr(attention, "use_rope", True)),
     )
-    size = sum(tensor.numel() for tensor in vars(found).values() if isinstance(tensor, Tensor))
-    others = sum(parameter.numel() for parameter in layer.parameters())
-    if size != others:
-        raise UnsupportedError(f"expected layer {index} to have {size} weights, found {others}")
-    return found
 
 
-def _parts(module: Any, names: tuple[str, ...], fused: str, sizes: tuple[int, ...]) -> dict[str, Tensor | None]:
+def _parts(module: Any, names: tuple[str, ...], fused: str, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Weights and biases of linears that are alone, `<name>_proj`, or parts of a fused one."""
-    found: dict[str, Tensor | None] = {}
+    found: dict[str, Any] = {}
     together = getattr(module, fused, None)
     if together is None:
         for name in names:

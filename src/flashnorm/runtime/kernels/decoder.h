@@ -53,17 +53,18 @@ inline void put(uint16_t* to, Vec v) {
 #endif
 }
 
-// Of a multiple of sixteen numbers.
 inline double sum_of_squares(const float* x, int count) {
   double total = 0;
-  for (int i = 0; i < count; i += 256) {
+  const int whole = count / kBlock * kBlock;
+  for (int i = 0; i < whole; i += 256) {
     Vec part = splat(0);
-    for (int j = i; j < std::min(count, i + 256); j += kBlock) {
+    for (int j = i; j < std::min(whole, i + 256); j += kBlock) {
       const Vec v = load(x + j);
       multiply_add(part, v, v);
     }
     total += sum_of(part);
   }
+  for (int i = whole; i < count; ++i) total += x[i] * x[i];
   return total;
 }
 
@@ -155,13 +156,13 @@ struct Decoder {
 
   int group() const { return model.heads / model.kv_heads; }
 
-  int64_t lay_out(char* memory) {
+  int64_t lay_out(char* memory, FlashnormPart part) {
     Arena arena{memory};
     in = arena.take<Activation>(int64_t(rows) * std::max(ld_hidden, ld_q));
     inner = arena.take<Activation>(int64_t(rows) * ld_inner);
     scale = arena.take<float>(rows);
     qkv = arena.take<float>(int64_t(rows) * ld_qkv);
-    const int64_t tasks = int64_t(call.texts) * model.kv_heads * tiles * splits;
+    const int64_t tasks = part == kAll ? int64_t(call.texts) * model.kv_heads * tiles * splits : 0;
     partial_out = arena.take<float>(tasks * kTokens * model.head_dim);
     partial = arena.take<Partial>(tasks * kTokens);
     scratch = arena.take<char>(all * scratch_size);

@@ -8,7 +8,7 @@ namespace FLASHNORM_ISA {
 template <class K>
 int64_t run(const FlashnormModel& model, const FlashnormCall& call, FlashnormPart part) {
   Decoder<K> decoder(model, call);
-  const int64_t size = decoder.lay_out(static_cast<char*>(call.memory));
+  const int64_t size = decoder.lay_out(static_cast<char*>(call.memory), part);
   if (!call.memory) return size;
 #pragma omp parallel num_threads(call.threads)
   {

@@ -3,10 +3,15 @@
 import ctypes
 import functools
 import threading
+from collections.abc import Mapping
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
+from flashnorm.runtime.deferred import LayerSettings, LayerWeights
 from flashnorm.runtime.kernels.build import LIBRARY
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -108,3 +113,52 @@ def choose(instruction_set: str) -> None:
     kernels = library()
     assert kernels is not None
     kernels.flashnorm_isa_choose(instruction_sets().index(instruction_set))
+
+
+def sizes(weights: LayerWeights, settings: LayerSettings, rotary: int) -> dict[str, Any]:
+    """The fields of `Model` that all layers share; `rotary` is how many channels of a head are rotated."""
+    return {
+        "dtype": DTYPES[weights.q.dtype],
+        "hidden": weights.q.shape[1],
+        "inner": len(weights.gate),
+        "heads": settings.heads,
+        "kv_heads": settings.kv_heads,
+        "head_dim": settings.head_dim,
+        "rotary": rotary,
+        "activation": ACTIVATIONS[settings.activation],
+        "eps": settings.eps,
+        "qk_eps": settings.qk_eps,
+        "attention_scale": settings.attention_scale,
+        "residual_scale": settings.residual_scale,
+    }
+
+
+def fill(layer: Layer, weights: Mapping[str, Any], keep: list[Tensor]) -> None:
+    """Point to those of a layer's weights that there are, fields of `LayerWeights`.
+
+    What has to be copied for it is put into `keep`, and has to live as long as the layer.
+    """
+    for name in LINEARS:
+        if weights.get(name) is not None:
+            setattr(layer, name, linear(weights[name], weights.get(f"{name}_bias"), keep))
+    for name in GAINS:
+        setattr(layer, name, address(weights.get(name), keep))
+
+
+def linear(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> Linear:
+    """Point to a linear's weights, `[outputs, inputs]`, and to its bias in float32."""
+    keep.append(weight.contiguous())
+    return Linear(keep[-1].data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0])
+
+
+def address(values: Tensor | None, keep: list[Tensor]) -> int | None:
+    """Of a vector in float32, as the kernels want it: with zeros up to a whole block."""
+    if values is None:
+        return None
+    keep.append(F.pad(values.float(), (0, -len(values) % BLOCK)).contiguous())
+    return keep[-1].data_ptr()
+
+
+def padded(count: int) -> int:
+    """In whole blocks."""
+    return -(-count // BLOCK) * BLOCK

@@ -1,0 +1,164 @@
+"""The kernels as torch operators, `torch.ops.flashnorm.*`: a norm with its linear, and the parts of a decoder layer.
+
+They take tensors as a model has them, in float32, bfloat16 or float16 on the CPU, and compute in float32. They have
+fake implementations, so that a model that contains them can be traced and compiled; they have no gradients.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashnorm.runtime.kernels import native
+
+# The weights that the two parts of a layer take, in this order: fields of `LayerWeights`.
+ATTENTION_INPUTS: tuple[str, ...] = ("q", "k", "v", "q_bias", "k_bias", "v_bias", "attention_gain", "q_gain", "k_gain")
+AFTER_ATTENTION: tuple[str, ...] = (
+    *("output", "gate", "up", "down", "output_bias", "gate_bias", "up_bias", "down_bias"),
+    "mlp_gain",
+)
+
+
+@torch.library.custom_op("flashnorm::norm_linear", mutates_args=())
+def norm_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gain: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`W RMSNorm(x) + c`, the norm's division deferred past the product (proposition 1 of arXiv 2407.09577).
+
+    Args:
+        x: `[..., n]`; n is a multiple of 16.
+        weight: `[m, n]`, with the norm's gain folded into it, or with the gain beside it.
+        bias: `[m]`.
+        gain: `[n]`.
+        eps: of the norm; None: there is no norm.
+
+    Returns:
+        `[..., m]`, in the dtype of `x`.
+    """
+    keep: list[Tensor] = []
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    y = torch.empty(len(rows), native.padded(len(weight)))
+    model = native.Model(
+        head=native.linear(weight, bias, keep),
+        final_gain=native.address(gain, keep),
+        final_norm=eps is not None,
+        dtype=native.DTYPES[weight.dtype],
+        hidden=weight.shape[1],
+        eps=eps or 0.0,
+    )
+    call = native.Call(x=rows.data_ptr(), texts=1, tokens=len(rows), logits=y.data_ptr(), logit_rows=len(rows))
+    native.run(model, call)
+    return y[:, : len(weight)].to(x.dtype).reshape(*x.shape[:-1], len(weight))
+
+
+@norm_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: object = None, gain: object = None, eps: object = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("flashnorm::attention_inputs", mutates_args=())
+def attention_inputs(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Sequence[Tensor | None],
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    qk_eps: float,
+    rotates: bool,
+) -> Tensor:
+    """Norm, projections, norms of the heads and rotation: what attention is given.
+
+    Args:
+        x: `[tokens, hidden]`, the residual stream.
+        cos, sin: `[tokens, half]`, each token's.
+        weights: those of `ATTENTION_INPUTS`.
+        eps, qk_eps: of the norm, and of those of the heads.
+
+    Returns:
+        `[tokens, (heads + 2 kv_heads) head_dim]`, queries first, in the dtype of `x`.
+    """
+    found = dict(zip(ATTENTION_INPUTS, weights, strict=True))
+    q = _given(found, "q")
+    head_dim = len(q) // heads
+    rows, tables = x.float().contiguous(), [table.float().contiguous() for table in (cos, sin)]
+    projected = torch.empty(len(rows), (heads + 2 * kv_heads) * head_dim)
+    keep: list[Tensor] = []
+    layer = native.Layer(rotate=rotates)
+    native.fill(layer, found, keep)
+    model = _model(layer, q, hidden=x.shape[1], heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=eps)
+    model.qk_eps, model.rotary = qk_eps, 2 * cos.shape[1]
+    past = torch.zeros(1, dtype=torch.int32)  # so a token's place is where its tables are
+    call = native.Call(
+        x=rows.data_ptr(),
+        cos=tables[0].data_ptr(),
+        sin=tables[1].data_ptr(),
+        past=past.data_ptr(),
+        texts=1,
+        tokens=len(rows),
+        projected=projected.data_ptr(),
+    )
+    native.run(model, call, native.ATTENTION_INPUTS)
+    return projected.to(x.dtype)
+
+
+@attention_inputs.register_fake
+def _(
+    x: Tensor, cos: object, sin: object, weights: Sequence[Tensor | None], heads: int, kv_heads: int, *rest: object
+) -> Tensor:
+    q = _given(dict(zip(ATTENTION_INPUTS, weights, strict=True)), "q")
+    return x.new_empty(x.shape[0], q.shape[0] // heads * (heads + 2 * kv_heads))
+
+
+@torch.library.custom_op("flashnorm::after_attention", mutates_args=())
+def after_attention(
+    x: Tensor,
+    attended: Tensor,
+    weights: Sequence[Tensor | None],
+    activation: str,
+    eps: float,
+    residual_scale: float,
+) -> Tensor:
+    """Output projection, residual, norm, gated MLP, residual: the rest of a layer.
+
+    Args:
+        x: `[tokens, hidden]`, the residual stream before attention.
+        attended: `[tokens, heads head_dim]`, what attention gave.
+        weights: those of `AFTER_ATTENTION`.
+        activation: a name in `deferred.ACTIVATIONS`.
+
+    Returns:
+        `[tokens, hidden]`, the residual stream after the layer, in the dtype of `x`.
+    """
+    found = dict(zip(AFTER_ATTENTION, weights, strict=True))
+    gate = _given(found, "gate")
+    rows = x.float().contiguous()
+    rows = rows.clone() if rows.data_ptr() == x.data_ptr() else rows
+    read = attended.float().contiguous()
+    keep: list[Tensor] = []
+    layer = native.Layer()
+    native.fill(layer, found, keep)
+    model = _model(layer, gate, hidden=x.shape[1], heads=1, kv_heads=1, head_dim=attended.shape[1], eps=eps)
+    model.inner, model.residual_scale = len(gate), residual_scale
+    model.activation = native.ACTIVATIONS[activation]
+    past = torch.zeros(1, dtype=torch.int32)
+    call = native.Call(x=rows.data_ptr(), past=past.data_ptr(), texts=1, tokens=len(rows), projected=read.data_ptr())
+    native.run(model, call, native.AFTER_ATTENTION)
+    return rows.to(x.dtype)
+
+
+@after_attention.register_fake
+def _(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _model(layer: native.Layer, weight: Tensor, **sizes: float) -> native.Model:
+    return native.Model(layers=ctypes.pointer(layer), layer_count=1, dtype=native.DTYPES[weight.dtype], **sizes)
+
+
+def _given(weights: dict[str, Tensor | None], name: str) -> Tensor:
+    weight = weights[name]
+    assert weight is not None
+    return weight

@@ -1,0 +1,97 @@
+"""Small random decoders of the kinds that the kernels run."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+VOCABULARY, PROMPT, TEXT = 200, 130, 140  # longer than a span of attention, and no multiple of anything
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 100,  # no multiple of a block
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with gelu": ("Llama", {"hidden_act": "gelu"}),
+    "llama with tanh": ("Llama", {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "mistral with a window": ("Mistral", {"sliding_window": 16}),
+    "phi3": ("Phi3", {}),
+    "granite": (
+        "Granite",
+        {
+            "residual_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "smollm3, every other layer rotated": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
+    kind, besides = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**SIZES | besides | more)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.7 + 0.5 * noise if parameter.dim() == 1 else 0.2 * noise)
+    return model.to(dtype)
+
+
+def text(length: int = TEXT) -> Tensor:
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(input_ids=text()[None]).logits[0].double()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def generate(model: Any, **options: Any) -> Tensor:
+    torch.manual_seed(0)
+    ids = options.pop("ids", text(20)[None])
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)} | options
+    found = model.generate(ids, **options)
+    return found if isinstance(found, Tensor) else found.sequences
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "a penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "an early end": {"eos_token_id": list(range(3, 60))},
+    "beams": {"num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "a dictionary": {"return_dict_in_generate": True, "output_hidden_states": True},
+    "a static cache": {"cache_implementation": "static"},
+    "four beams of a padded batch": {
+        "ids": torch.stack([text(20), torch.cat([torch.zeros(4, dtype=torch.long), text(16)])]),
+        "attention_mask": torch.stack([torch.ones(20), (torch.arange(20) >= 4).float()]).long(),
+        "num_beams": 4,
+    },
+    "seven texts": {"ids": torch.arange(3, 143).view(7, 20), "eos_token_id": list(range(3, 60))},
+    "two texts, one padded": {
+        "ids": torch.stack([text(20), torch.cat([torch.zeros(4, dtype=torch.long), text(16)])]),
+        "attention_mask": torch.stack([torch.ones(20), (torch.arange(20) >= 4).float()]).long(),
+    },
+}
