@@ -12,7 +12,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test architectures lint format bench clean
+.PHONY: demo test architectures sanitize lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
@@ -22,6 +22,16 @@ test: lint
 
 architectures: $(INSTALLED)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
+SANITIZED := build/sanitized/libflashnorm_kernels.so
+
+sanitize: $(INSTALLED)
+	@mkdir -p $(dir $(SANITIZED))
+	@$(BIN)/python src/flashnorm/runtime/kernels/build.py $(SANITIZED) \
+		-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g
+	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/runtime/test_ops.py tests/runtime/test_fused.py
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

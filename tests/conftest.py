@@ -1,10 +1,24 @@
 """Settings of all tests."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from flashnorm.runtime.kernels import native
 
 # Continuous integration runs the same examples every time; everybody else finds new ones.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", type=Path, help="test these compiled kernels instead of the package's own")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if kernels := config.getoption("--kernels"):
+        native.LIBRARY = kernels
+        assert native.instruction_sets(), f"{kernels} cannot be loaded"

@@ -152,7 +152,7 @@ def generate(
     from flashnorm.runtime.load import load, load_tokenizer
     from flashnorm.runtime.optimize import optimize
 
-    model: Any = load(out, trust_remote_code=trust_remote_code)
+    model: Any = load(out, optimize=False, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():

@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from flashnorm.runtime.kernels import native
 from flashnorm.runtime.structure import Decoder, UnsupportedError
 
+NO_KERNELS = "expected compiled kernels, found none: install flashnorm from source where there is a C++ compiler"
 # Positions by which the cache grows.
 _GROWTH = 512
 # Tokens of a prompt that are run at a time.
@@ -152,9 +153,7 @@ class FusedDecoder:
 def check_supported(decoder: Decoder) -> None:
     """Raises `UnsupportedError` if there are no kernels for this decoder."""
     if native.library() is None:
-        raise UnsupportedError(
-            "expected compiled kernels, found none: install flashnorm from source where there is a C++ compiler"
-        )
+        raise UnsupportedError(NO_KERNELS)
     if decoder.head.dtype not in native.DTYPES:
         raise UnsupportedError(f"expected float32, bfloat16 or float16 weights, found {decoder.head.dtype}")
     head_dim = decoder.settings.head_dim

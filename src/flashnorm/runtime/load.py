@@ -4,6 +4,7 @@
 * Checkpoints by other tools, which carry no flag, are recognised by exactly the norms that they lack.
 """
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from flashnorm.checkpoint.state import weightless_norms
 from flashnorm.errors import InputError, brief
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
+from flashnorm.runtime.fused import NO_KERNELS
 from flashnorm.runtime.in_memory import mark_config
+from flashnorm.runtime.optimize import optimize_if_supported
 from flashnorm.runtime.weightless import make_weightless, needs_readable_weights, under_all_names
 from flashnorm.trace.models import load_config, meta_model
 
@@ -29,6 +32,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    optimize: bool = True,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -38,6 +42,7 @@ def load(
         source: a folder or a hub id.
         dtype: of the loaded weights; "auto" is the checkpoint's own.
         device: where the model goes; None leaves it where Transformers puts it.
+        optimize: whether to call `flashnorm.optimize` on models that it supports, on the CPU.
         trust_remote_code: whether code that comes with the checkpoint may run.
         kwargs: further arguments of Transformers' `from_pretrained`.
 
@@ -63,7 +68,10 @@ def load(
     model = _load(folder, type(blank), parameters, list(norms), readable, dtype=dtype, **kwargs)
     folded = replace(plan, folds=tuple(fold for fold in plan.folds if fold.norm in parameters))
     mark_config(model.config, checkpoint_plan(folded, blank, ()).norms)
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    model = model if device is None else model.to(device)  # type: ignore[arg-type]
+    if optimize and optimize_if_supported(model) == NO_KERNELS:
+        warnings.warn(f"the model runs in plain PyTorch: {NO_KERNELS}", stacklevel=2)
+    return model
 
 
 def _load(

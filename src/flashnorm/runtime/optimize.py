@@ -30,9 +30,9 @@ _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "log
 def optimize(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model run on the fused kernels, where they apply; otherwise it stays as it is, with a warning.
 
-    Each layer is first run next to the formula that the kernels implement, and must agree. Weights stay the model's
-    parameters, and are moved once into memory of large pages. Folded and unfolded models are equally fast: the kernels
-    apply a gain that is left while they read the activations.
+    A layer of each kind is first run next to the formula that the kernels implement, and must agree. Weights stay the
+    model's parameters, and are moved once into memory of large pages. Folded and unfolded models are equally fast: the
+    kernels apply a gain that is left while they read the activations.
 
     Args:
         model: in memory, on the CPU, with float32, bfloat16 or float16 weights. It is put into evaluation mode.
@@ -40,19 +40,25 @@ def optimize(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         The same model.
     """
+    if reason := optimize_if_supported(model):
+        warnings.warn(f"flashnorm.optimize leaves {type(model).__name__} as it is: {reason}", stacklevel=2)
+    return model
+
+
+def optimize_if_supported(model: PreTrainedModel) -> str | None:
+    """`optimize` without a warning: why the model is left as it is, or None if it is not."""
     model.eval()
     try:
         decoder = read_decoder(model)
         check_supported(decoder)
     except UnsupportedError as reason:
-        warnings.warn(f"flashnorm.optimize leaves {type(model).__name__} as it is: {reason}", stacklevel=2)
-        return model
+        return str(reason)
     _move_to_large_pages(model)
     layers: Any = model.base_model.layers
     for index, layer in enumerate(layers):
         vars(layer)["forward"] = FusedForward(layer, model.config, index, decoder.settings)
     vars(model)["generate"] = Generate(model)
-    return model
+    return None
 
 
 def _move_to_large_pages(model: PreTrainedModel) -> None:

@@ -1,7 +1,8 @@
 """Reads a decoder's weights out of a Transformers model, and proves that its layers compute what `deferred.py` says.
 
-* Names only propose what a layer's parts are. Each layer then runs, in float32, on random numbers, next to
-  `deferred.decoder_layer` with the weights found: one that computes anything else is refused, with the difference.
+* Names only propose what a layer's parts are. A layer of each kind (its modules' types and settings) then runs, in
+  float32, on random numbers, next to `deferred.decoder_layer` with the weights found: one that computes anything else
+  is refused, with the difference.
 * What a layer is given is the model's affair, so it is looked at as well: which positions it may see, and whether the
   rotation of a position is the same in every text.
 """
@@ -81,7 +82,7 @@ def _tables(rotary: nn.Module, hidden: int, positions: Tensor) -> tuple[Tensor, 
 
 @torch.inference_mode()
 def read_decoder(model: PreTrainedModel) -> Decoder:
-    """Find a model's decoder and prove each of its layers.
+    """Find a model's decoder and prove its layers, one of each kind.
 
     Args:
         model: in memory, on the CPU, in evaluation mode.
@@ -218,7 +219,11 @@ def _prove(model: Any, decoder: Decoder) -> None:
     x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator)
     cos, sin = decoder.tables(0, _TOKENS)
     with _eager(model):
+        proven: set[Any] = set()
         for index, (layer, weights) in enumerate(zip(model.base_model.layers, decoder.layers, strict=True)):
+            if (kind := _kind(layer, weights)) in proven:
+                continue
+            proven.add(kind)
             expected = _run(layer, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
             found = decoder_layer(x, cos, sin, _as_float(weights), decoder.settings)
             _compare(f"layer {index}", found - x, expected - x)
@@ -232,6 +237,27 @@ def _prove(model: Any, decoder: Decoder) -> None:
     found = F.linear(read.to(decoder.head.dtype), decoder.head).float() * decoder.logit_scale
     few_bits = 8 * torch.finfo(decoder.head.dtype).eps  # the model rounds to its dtype on the way
     _compare("what surrounds the layers", found, expected, max(_SAME, few_bits))
+
+
+def _kind(layer: nn.Module, weights: LayerWeights) -> Any:
+    """Equal for layers that do the same with their weights: same modules with the same settings, same parts."""
+    plain = (bool, int, float, str)
+    modules = tuple(
+        (
+            name,
+            type(module),
+            vars(module).get("forward"),
+            tuple(
+                (key, value) for key, value in vars(module).items() if isinstance(value, plain) and key != "layer_idx"
+            ),
+        )
+        for name, module in layer.named_modules()
+    )
+    return (
+        modules,
+        tuple((name, None if value is None else name) for name, value in vars(weights).items()),
+        weights.window,
+    )
 
 
 def _check_shapes(decoder: Decoder) -> None:

@@ -196,7 +196,7 @@ def verify_outputs(
         ).eval()
 
     def load_converted(dtype: torch.dtype) -> PreTrainedModel:
-        return load(result.folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        return load(result.folder, dtype=dtype, optimize=False, trust_remote_code=trust_remote_code).eval()
 
     with _quiet():
         stage("the source in float64, as the oracle")

@@ -1,4 +1,4 @@
-"""Compiles the kernels: when the package is installed from source, or by `python .../kernels/build.py`.
+"""Compiles the kernels, when the package is installed from source; again by `python build.py [TARGET [FLAG ...]]`.
 
 * One shared library without any dependency but the compiler's own runtime, so that it fits every release of torch. Its
   threads are those of torch: both use the OpenMP runtime that torch has loaded.
@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,8 +25,8 @@ _X86 = {"base": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, 
 _OTHER = {"base": []}
 
 
-def build(target: Path = LIBRARY) -> Path:
-    """Compile the library with `$CXX`, or else `c++`.
+def build(target: Path = LIBRARY, flags: Sequence[str] = ()) -> Path:
+    """Compile the library with `$CXX`, or else `c++`, and these flags besides.
 
     Raises:
         OSError: there is no compiler.
@@ -35,15 +36,15 @@ def build(target: Path = LIBRARY) -> Path:
     sets = _X86 if platform.machine().lower() in ("x86_64", "amd64") else _OTHER
 
     def run(*arguments: str | Path) -> None:
-        subprocess.run([compiler, *_FLAGS, *arguments], check=True, capture_output=True, text=True)
+        subprocess.run([compiler, *_FLAGS, *flags, *arguments], check=True, capture_output=True, text=True)
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {isa: Path(scratch) / f"{isa}.o" for isa in (*sets, "dispatch")}
         jobs = [
             pool.submit(
-                run, *flags, f"-DFLASHNORM_ISA=flashnorm_{isa}", "-c", FOLDER / "kernels.cpp", "-o", objects[isa]
+                run, *extensions, f"-DFLASHNORM_ISA=flashnorm_{isa}", "-c", FOLDER / "kernels.cpp", "-o", objects[isa]
             )
-            for isa, flags in sets.items()
+            for isa, extensions in sets.items()
         ]
         jobs.append(pool.submit(run, "-c", FOLDER / "dispatch.cpp", "-o", objects["dispatch"]))
         for job in jobs:
@@ -59,6 +60,6 @@ def build(target: Path = LIBRARY) -> Path:
 
 if __name__ == "__main__":
     try:
-        print(build())
+        print(build(*map(Path, sys.argv[1:2]), flags=sys.argv[2:]))
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error.stderr}\nthe kernels do not compile: {' '.join(map(str, error.cmd))}")
