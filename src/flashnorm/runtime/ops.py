@@ -27,8 +27,8 @@ def norm_linear(
     """`W RMSNorm(x) + c`, the norm's division deferred past the product (proposition 1 of arXiv 2407.09577).
 
     Args:
-        x: `[..., n]`; n is a multiple of 16.
-        weight: `[m, n]`, with the norm's gain folded into it, or with the gain beside it.
+        x: `[..., n]`.
+        weight: `[m, n]`, in the dtype of `x`, with the norm's gain folded into it, or with the gain beside it.
         bias: `[m]`.
         gain: `[n]`.
         eps: of the norm; None: there is no norm.
@@ -37,8 +37,9 @@ def norm_linear(
         `[..., m]`, in the dtype of `x`.
     """
     keep: list[Tensor] = []
-    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    y = torch.empty(len(rows), native.padded(len(weight)))
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = rows.new_empty(len(rows), len(weight))
+    memory = torch.empty(rows.shape)
     model = native.Model(
         head=native.linear(weight, bias, keep),
         final_gain=native.address(gain, keep),
@@ -47,9 +48,9 @@ def norm_linear(
         hidden=weight.shape[1],
         eps=eps or 0.0,
     )
-    call = native.Call(x=rows.data_ptr(), texts=1, tokens=len(rows), logits=y.data_ptr(), logit_rows=len(rows))
-    native.run(model, call)
-    return y[:, : len(weight)].to(x.dtype).reshape(*x.shape[:-1], len(weight))
+    call = native.Call(input=rows.data_ptr(), output=y.data_ptr(), x=memory.data_ptr(), texts=1, tokens=len(rows))
+    native.run(model, call, native.NORM_LINEAR)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 @norm_linear.register_fake

@@ -8,7 +8,7 @@ extern "C" {
 enum FlashnormDtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum FlashnormActivation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
-enum FlashnormPart : int32_t { kAll = 0, kAttentionInputs = 1, kAfterAttention = 2 };
+enum FlashnormPart : int32_t { kAll = 0, kAttentionInputs = 1, kAfterAttention = 2, kNormLinear = 3 };
 
 // A linear: weights [out][in], as they lie in a model.
 struct FlashnormLinear {
@@ -46,6 +46,8 @@ struct FlashnormCall {
   float* projected;       // [tokens][q, k and v] that attention is to get; or [tokens][q] that it gave
   float* logits;          // [logit_rows][padded vocabulary], of the last rows of x
   int32_t logit_rows;
+  const void* input;  // of the head on its own: [tokens][hidden], of the weights' dtype; x is memory for it then
+  void* output;       // [tokens][out], of the weights' dtype
   int32_t threads;
   void* memory;  // see flashnorm_run
 };

@@ -34,13 +34,14 @@ struct Partial {
 template <class C, class Emit>
 void blocks(int count, int rows, const float* x, int ldx, const typename C::Element* w, int64_t block, int in,
             const Emit& emit) {
+  Ahead nothing;
   int b = 0;
   for (; b + kWide <= count; b += kWide)
-    tile_of<Plain<C>, kWide>(rows, x, ldx, w + b * block, block, in, [&](int r, const Vec(&y)[kWide]) {
+    tile_of<Plain<C>, kWide>(rows, x, ldx, w + b * block, block, in, nothing, [&](int r, const Vec(&y)[kWide]) {
       for (int n = 0; n < kWide; ++n) emit(r, (b + n) * kBlock, y[n]);
     });
   for (; b < count; ++b)
-    tile_of<Plain<C>, 1>(rows, x, ldx, w + b * block, block, in,
+    tile_of<Plain<C>, 1>(rows, x, ldx, w + b * block, block, in, nothing,
                          [&](int r, const Vec(&y)[1]) { emit(r, b * kBlock, y[0]); });
 }
 

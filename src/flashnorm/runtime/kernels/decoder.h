@@ -39,30 +39,26 @@ inline int padded(int count) { return (count + kBlock - 1) / kBlock * kBlock; }
 // Activations as a linear wants them.
 inline void put(float* to, const float* from, int count) { memcpy(to, from, count * sizeof(float)); }
 inline void put(uint16_t* to, const float* from, int count) {
-  for (int i = 0; i < count; ++i) to[i] = Bf16::from_float(from[i]);
+  int i = 0;
+  for (; i + kBlock <= count; i += kBlock) Bf16::store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = Bf16::from_float(from[i]);
 }
 inline void put(float* to, Vec v) { store(to, v); }
-inline void put(uint16_t* to, Vec v) {
-#if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)v.part[0]);
-  memcpy(to, &half, sizeof half);
-#else
-  float f[kBlock];
-  store(f, v);
-  put(to, f, kBlock);
-#endif
-}
+inline void put(uint16_t* to, Vec v) { Bf16::store(to, v); }
 
 inline double sum_of_squares(const float* x, int count) {
+  constexpr int kSums = 4, kPart = 16 * kSums * kBlock;
   double total = 0;
-  const int whole = count / kBlock * kBlock;
-  for (int i = 0; i < whole; i += 256) {
-    Vec part = splat(0);
-    for (int j = i; j < std::min(whole, i + 256); j += kBlock) {
-      const Vec v = load(x + j);
-      multiply_add(part, v, v);
-    }
-    total += sum_of(part);
+  const int whole = count / (kSums * kBlock) * (kSums * kBlock);
+  for (int i = 0; i < whole; i += kPart) {
+    Vec sums[kSums];
+    for (Vec& sum : sums) sum = splat(0);
+    for (int j = i; j < std::min(whole, i + kPart); j += kSums * kBlock)
+      for (int k = 0; k < kSums; ++k) {
+        const Vec v = load(x + j + k * kBlock);
+        multiply_add(sums[k], v, v);
+      }
+    total += sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   for (int i = whole; i < count; ++i) total += x[i] * x[i];
   return total;
@@ -188,6 +184,37 @@ struct Decoder {
     }
   }
 
+  // The head on its own, from and to numbers of the weights' type.
+  void norm_linear(int me) {
+    const int n = model.hidden, out = model.head.out;
+    const Share mine(rows, me, all);
+    for (int t = mine.begin; t < mine.end; ++t) {
+      const Stored* from = static_cast<const Stored*>(call.input) + int64_t(t) * n;
+      float* row = x + int64_t(t) * n;
+      int i = 0;
+      for (; i + kBlock <= n; i += kBlock) store(row + i, C::load(from + i));
+      for (; i < n; ++i) row[i] = C::to_float(from[i]);
+      read_row(model.final_gain, t, model.final_norm);
+    }
+    barrier();
+    Stored* y = static_cast<Stored*>(call.output);
+    const float *bias = model.head.bias, *s = scale;
+    linear<K>(in, ld_hidden, model.head.weights, n, out, rows, my_scratch(me), me, all, [=](int t, int o, const auto& v) {
+      for (int b = 0; b < int(sizeof(v) / sizeof(Vec)); ++b, o += kBlock) {
+        Vec at = v[b] * splat(s[t]);
+        if (bias) at = at + load(bias + o);
+        Stored* to = y + int64_t(t) * out + o;
+        if (o + kBlock <= out) {
+          C::store(to, at);
+        } else {
+          Stored last[kBlock];
+          C::store(last, at);
+          memcpy(to, last, (out - o) * sizeof(Stored));
+        }
+      }
+    });
+  }
+
   // The first layer's queries, keys and values, for someone else's cache and attention.
   void attention_inputs(int me) {
     qkv = call.projected;
@@ -225,25 +252,27 @@ struct Decoder {
 
   // The residual stream as the next linear reads it, and the scale that its norm is.
   void prepare(const float* gain, int from, bool norm, int me) {
-    const int n = model.hidden;
     const Share mine(rows - from, me, all);
-    for (int t = from + mine.begin; t < from + mine.end; ++t) {
-      const float* row = x + int64_t(t) * n;
-      scale[t] = norm ? float(1 / std::sqrt(sum_of_squares(row, n) / n + model.eps)) : 1.0f;
-      Activation* to = in + int64_t(t) * ld_hidden;
-      if (gain) {
-        alignas(64) float scaled[256];
-        for (int i = 0; i < n; i += 256) {
-          const int count = std::min(256, n - i);
-          for (int j = 0; j < count; ++j) scaled[j] = row[i + j] * gain[i + j];
-          put(to + i, scaled, count);
-        }
-      } else {
-        put(to, row, n);
-      }
-      pad(to, n);
-    }
+    for (int t = from + mine.begin; t < from + mine.end; ++t) read_row(gain, t, norm);
     barrier();
+  }
+
+  void read_row(const float* gain, int t, bool norm) {
+    const int n = model.hidden;
+    const float* row = x + int64_t(t) * n;
+    scale[t] = norm ? float(1 / std::sqrt(sum_of_squares(row, n) / n + model.eps)) : 1.0f;
+    Activation* to = in + int64_t(t) * ld_hidden;
+    if (gain) {
+      alignas(64) float scaled[256];
+      for (int i = 0; i < n; i += 256) {
+        const int count = std::min(256, n - i);
+        for (int j = 0; j < count; ++j) scaled[j] = row[i + j] * gain[i + j];
+        put(to + i, scaled, count);
+      }
+    } else {
+      put(to, row, n);
+    }
+    pad(to, n);
   }
 
   // y = s (W x) + c. Without `s`, the scale is left to what follows.

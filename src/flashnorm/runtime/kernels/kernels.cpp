@@ -18,6 +18,7 @@ int64_t run(const FlashnormModel& model, const FlashnormCall& call, FlashnormPar
     switch (part) {
       case kAttentionInputs: decoder.attention_inputs(me); break;
       case kAfterAttention: decoder.after_attention(me); break;
+      case kNormLinear: decoder.norm_linear(me); break;
       default: decoder.run(me);
     }
   }

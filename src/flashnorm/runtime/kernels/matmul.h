@@ -74,27 +74,45 @@ struct DotPairs {
 };
 #endif
 
+// What is to be read from memory next, fetched bit by bit while something else is computed.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  void fetch_some() {
+    if (at >= end) return;
+    __builtin_prefetch(at, 0, 2);
+    at += 64;
+  }
+};
+
 // `emit(token, vectors[N])` for M tokens. `block` is the distance of two blocks of outputs, in elements.
 template <class T, int M, int N, class Emit>
 inline void tile(const typename T::Activation* x, int64_t ldx, const typename T::Element* w, int64_t block, int in,
-                 const Emit& emit) {
+                 Ahead& ahead, const Emit& emit) {
   Vec sum[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) sum[m][n] = splat(0);
-  for (int k = 0; k < in; k += T::kStep) T::template step<M, N>(sum, x, ldx, w, block, k);
+  for (int k = 0; k < in; k += T::kStep) {
+    ahead.fetch_some();
+    T::template step<M, N>(sum, x, ldx, w, block, k);
+  }
   for (int m = 0; m < M; ++m) emit(m, sum[m]);
 }
 
 // A tile of any number of tokens up to kTokens.
 template <class T, int N, class Emit, int M = kTokens>
 inline void tile_of(int tokens, const typename T::Activation* x, int64_t ldx, const typename T::Element* w,
-                    int64_t block, int in, const Emit& emit) {
+                    int64_t block, int in, Ahead& ahead, const Emit& emit) {
   if constexpr (M > 0) {
     if (tokens == M)
-      tile<T, M, N>(x, ldx, w, block, in, emit);
+      tile<T, M, N>(x, ldx, w, block, in, ahead, emit);
     else
-      tile_of<T, N, Emit, M - 1>(tokens, x, ldx, w, block, in, emit);
+      tile_of<T, N, Emit, M - 1>(tokens, x, ldx, w, block, in, ahead, emit);
   }
+}
+
+template <class Element>
+inline Ahead span(const Element* from, int64_t count) {
+  return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + count)};
 }
 
 // --- how linears are computed: `Few` and `Many` tokens
@@ -104,6 +122,7 @@ template <class Element, int N>
 struct Outputs {
   const Element* rows[N];
   int count[N];
+  Ahead next;  // the weights after them
 };
 
 template <class W>
@@ -179,16 +198,19 @@ struct Many {
     auto* packed = static_cast<typename T::Element*>(scratch);
     const int64_t block = int64_t(row_size(in)) * kBlock;
     for (int n = 0; n < N; ++n) pack(w.rows[n], w.count[n], in, packed + n * block);
-    for (int t = 0; t < tokens; t += kTokens)
-      tile_of<T, N>(std::min(kTokens, tokens - t), x + t * ldx, ldx, packed, block, in,
-                    [&](int m, const Vec(&y)[N]) { emit(t + m, y); });
+    Ahead ahead = w.next;
+    const int tiles = (tokens + kTokens - 1) / kTokens;
+    for (int i = 0; i < tiles; ++i) {
+      const Share share(tokens, i, tiles);
+      tile_of<T, N>(share.end - share.begin, x + share.begin * ldx, ldx, packed, block, in, ahead,
+                    [&](int m, const Vec(&y)[N]) { emit(share.begin + m, y); });
+    }
   }
 
  private:
   // Rows side by side, one after the other for the memory, then sixteen by sixteen out of the cache.
   static void pack(const Element* rows, int count, int in, typename T::Element* packed) {
-    const auto* bytes = reinterpret_cast<const char*>(rows);
-    for (int64_t at = 0; at < int64_t(count) * in * int64_t(sizeof(Element)); at += 64) fetch(bytes + at);
+    for (Ahead here = span(rows, int64_t(count) * in); here.at < here.end;) here.fetch_some();
     constexpr int kColumns = kBlock * T::kStep;
     for (int k = 0; k < in; k += kColumns) {
       Vec v[kBlock];
@@ -233,9 +255,11 @@ void linear(const typename K::Activation* x, int64_t ldx, const void* weights, i
         outputs.rows[n] = w + int64_t(o + n * kBlock) * in;
         outputs.count[n] = std::min(kBlock, out - o - n * kBlock);
       }
+      if (panel + 1 < mine.end)
+        outputs.next = span(outputs.rows[0] + int64_t(N * kBlock) * in, int64_t(std::min(N * kBlock, out - o - N * kBlock)) * in);
       K::template run<N>(outputs, in, x, ldx, tokens, scratch, with);
     } else {  // the last block, alone
-      K::template run<1>({{w + int64_t(o) * in}, {std::min(kBlock, out - o)}}, in, x, ldx, tokens, scratch, with);
+      K::template run<1>({{w + int64_t(o) * in}, {std::min(kBlock, out - o)}, {}}, in, x, ldx, tokens, scratch, with);
     }
   }
 }
@@ -249,7 +273,7 @@ void pair_of_linears(const typename K::Activation* x, int64_t ldx, const void* f
   for (int panel = mine.begin; panel < mine.end; ++panel) {
     const int o = panel * kBlock, count = std::min(kBlock, out - o);
     const int64_t at = int64_t(o) * in;
-    K::template run<2>({{a + at, b + at}, {count, count}}, in, x, ldx, tokens, scratch,
+    K::template run<2>({{a + at, b + at}, {count, count}, {}}, in, x, ldx, tokens, scratch,
                        [&](int m, const Vec(&y)[2]) { emit(m, o, y); });
   }
 }

@@ -21,7 +21,7 @@ MOST_HEAD_DIM = 256
 LINEARS = ("q", "k", "v", "output", "gate", "up", "down")
 GAINS = ("attention_gain", "mlp_gain", "q_gain", "k_gain")
 # Parts of a model.
-ALL, ATTENTION_INPUTS, AFTER_ATTENTION = range(3)
+ALL, ATTENTION_INPUTS, AFTER_ATTENTION, NORM_LINEAR = range(4)
 _LINE = 64  # bytes of a line of the cache
 
 
@@ -67,7 +67,9 @@ class Call(Structure):
         *((name, c_void_p) for name in ("x", "cos", "sin", "past")),
         *((name, c_int32) for name in ("texts", "tokens", "first_text")),
         *((name, c_void_p) for name in ("projected", "logits")),
-        *((name, c_int32) for name in ("logit_rows", "threads")),
+        ("logit_rows", c_int32),
+        *((name, c_void_p) for name in ("input", "output")),
+        ("threads", c_int32),
         ("memory", c_void_p),
     )
 

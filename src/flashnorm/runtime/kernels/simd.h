@@ -165,6 +165,14 @@ inline Vec exp(Vec x) {
 
 struct Bf16 {
   using Element = uint16_t;
+  static void store(Element* to, Vec v) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v.part[0]);
+    memcpy(to, &half, sizeof half);
+#else
+    for (int i = 0; i < kBlock; ++i) to[i] = from_float(v.part[i / kLanes][i % kLanes]);
+#endif
+  }
   static float to_float(Element e) {
     uint32_t bits = uint32_t(e) << 16;
     float f;
@@ -191,6 +199,19 @@ struct Bf16 {
 
 struct Fp16 {
   using Element = uint16_t;
+  static void store(Element* to, Vec v) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm512_cvtps_ph((__m512)v.part[0], _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &half, sizeof half);
+#elif defined(__F16C__)
+    FOR_PARTS {
+      const __m128i half = _mm256_cvtps_ph((__m256)v.part[p], _MM_FROUND_TO_NEAREST_INT);
+      memcpy(to + p * kLanes, &half, sizeof half);
+    }
+#else
+    for (int i = 0; i < kBlock; ++i) to[i] = from_float(v.part[i / kLanes][i % kLanes]);
+#endif
+  }
   static float to_float(Element e) {
     _Float16 h;
     memcpy(&h, &e, 2);
@@ -222,6 +243,7 @@ struct Fp32 {
   static float to_float(Element e) { return e; }
   static Element from_float(float f) { return f; }
   static Vec load(const Element* from) { return FLASHNORM_ISA::load(from); }
+  static void store(Element* to, Vec v) { FLASHNORM_ISA::store(to, v); }
 };
 
 }  // namespace FLASHNORM_ISA
