@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 
 from . import environments
 
+MINUTES = 20  # to load a model, or to answer; compilers take long
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -103,6 +105,8 @@ class Peer:
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout
+        if not select.select([self._process.stdout], [], [], MINUTES * 60)[0]:
+            raise PeerError(f"no answer in {MINUTES} minutes")
         line = self._process.stdout.readline()
         if not line:
             raise PeerError(self._last_words())

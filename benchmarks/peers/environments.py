@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,9 +79,9 @@ def run(command: list[str | Path], variables: dict[str, str], log: Path) -> None
 
 
 def last_line(log: Path) -> str:
-    """The last one that is not empty: of an error, it mostly says what went wrong."""
+    """The last one that speaks of an error, or else the last one."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
+    return next((line for line in reversed(lines) if "error" in line.lower()), (lines or ["no output"])[-1])
 
 
 def python(name: str) -> Path:
@@ -103,7 +102,7 @@ def python(name: str) -> Path:
     log = ROOT / f"{module}.log"
     ROOT.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
-    venv.create(folder, clear=True, with_pip=True)
+    run([sys.executable, "-m", "venv", "--clear", folder], {}, log)
     pip: list[str | Path] = [interpreter, "-m", "pip"]
     run([*pip, "install", *environment.options, *environment.requirements], environment.variables, log)
     if environment.unwanted:

@@ -33,8 +33,8 @@ class Model:
         lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
         generated = []
         while True:
-            batch = lib.llama_batch_get_one((ctypes.c_int32 * len(ids))(*ids), len(ids))
-            if status := lib.llama_decode(self.context, batch):
+            array = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to it
+            if status := lib.llama_decode(self.context, lib.llama_batch_get_one(array, len(ids))):
                 raise RuntimeError(f"llama_decode returned {status}")
             generated.append(lib.llama_sampler_sample(self.greedy, self.context, -1))
             if len(generated) == tokens:
