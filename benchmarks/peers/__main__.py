@@ -66,10 +66,14 @@ def main() -> None:
         rates: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in running}
         tokens: dict[str, list[int]] = {}
         for _ in range(options.rounds):
-            for name, peer in running.items():
-                seconds, tokens[name] = peer.decode(prompt[:PROMPT], DECODED)
-                rates[name][0].append(DECODED / seconds)
-                rates[name][1].append(PREFILLED / peer.prefill(prompt))
+            for name, peer in list(running.items()):
+                try:
+                    seconds, tokens[name] = peer.decode(prompt[:PROMPT], DECODED)
+                    rates[name][0].append(DECODED / seconds)
+                    rates[name][1].append(PREFILLED / peer.prefill(prompt))
+                except peers.PeerError as error:
+                    started[name] = peers.Unavailable(f"failed: {error}")
+                    running.pop(name).close()
         memory = {name: peer.peak_memory() for name, peer in running.items()}
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         print(

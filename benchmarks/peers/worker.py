@@ -23,7 +23,9 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Model(Protocol):
-    """What a module in `workers` gives: `load(folder, dtype, threads, scratch) -> Model`, and `version()`."""
+    """What `load(folder, dtype, threads, scratch)` of each module in `workers` gives."""
+
+    version: str
 
     def generate(self, ids: list[int], tokens: int) -> list[int]:
         """So many greedy tokens after a prompt, computed anew: nothing is kept from an earlier call."""
@@ -34,6 +36,11 @@ def peak_memory() -> int:
     """Bytes; of this process, pages of mapped files included."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def in_one_line(error: Exception) -> dict[str, str]:
+    """As a reply."""
+    return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
 
 
 def answer(model: Model, request: dict[str, Any], warm: set[tuple[int, int]]) -> dict[str, Any]:
@@ -62,15 +69,15 @@ def serve(output: IO[str]) -> None:
         module = importlib.import_module(f"workers.{peer}")
         model: Model = module.load(Path(folder), dtype, int(threads), Path(scratch))
     except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=output, flush=True)
+        print(json.dumps(in_one_line(error)), file=output, flush=True)
         raise
-    print(json.dumps({"version": module.version()}), file=output, flush=True)
+    print(json.dumps({"version": model.version}), file=output, flush=True)
     warm: set[tuple[int, int]] = set()
     for line in sys.stdin:
         try:
             reply = answer(model, json.loads(line), warm)
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = in_one_line(error)
         print(json.dumps(reply), file=output, flush=True)
 
 

