@@ -73,9 +73,9 @@ def run(command: list[str | Path], variables: dict[str, str], log: Path) -> None
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=True, timeout=MINUTES * 60
             )
         except subprocess.TimeoutExpired:
-            raise CannotBeInstalled(f"not done after {MINUTES} minutes (see {log})") from None
+            raise CannotBeInstalled(f"not done after {MINUTES} minutes (see {log.parent.name}/{log.name})") from None
         except subprocess.CalledProcessError:
-            raise CannotBeInstalled(f"{last_line(log)} (see {log})") from None
+            raise CannotBeInstalled(f"{last_line(log)} (see {log.parent.name}/{log.name})") from None
 
 
 def last_line(log: Path) -> str:
