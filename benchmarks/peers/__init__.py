@@ -1,0 +1,8 @@
+"""Other runtimes, measured beside ours: `start` one, then ask it to decode and prefill."""
+
+from .client import Peer, PeerError, Unavailable, start
+from .environments import PEERS
+
+NAMES = list(PEERS)
+
+__all__ = ["NAMES", "Peer", "PeerError", "Unavailable", "start"]
