@@ -43,8 +43,14 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format
 
 bench: $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/convert.py
-	@$(BIN)/python benchmarks/generate.py
+	@$(BIN)/python benchmarks/operators.py
+	@mkdir -p build
+	@$(BIN)/python benchmarks/generate.py --json build/smollm2-bfloat16.json
+	@$(BIN)/python benchmarks/generate.py --dtype float32 --json build/smollm2-float32.json
+	@$(BIN)/python benchmarks/generate.py --model qwen3-0.6b --rounds 3 --json build/qwen3-bfloat16.json
+	@$(BIN)/python benchmarks/plot.py build/*-*.json docs/generation.svg
 
 clean:
 	rm -rf build dist $(VENV)

@@ -1,4 +1,4 @@
-"""Other runtimes, measured beside ours: `start` one, then ask it to decode and prefill."""
+"""Runtimes, side by side: `start` one, then ask it to decode and prefill."""
 
 from .client import Peer, PeerError, Unavailable, start
 from .environments import PEERS

@@ -37,11 +37,11 @@ class Peer:
         self._scratch = tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True)
         scratch = Path(self._scratch.name)
         self._log = (scratch / "log").open("w+")
-        module, _ = environments.PEERS[name]
+        module, variant, _ = environments.PEERS[name]
         # PYTHONPATH is for the caller's environment, not for another.
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         self._process = subprocess.Popen(
-            [interpreter, WORKER, module, folder.resolve(), dtype, str(threads), scratch],
+            [interpreter, WORKER, module, folder.resolve(), dtype, str(threads), scratch, variant],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

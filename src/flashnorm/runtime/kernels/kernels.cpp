@@ -25,23 +25,27 @@ int64_t run(const FlashnormModel& model, const FlashnormCall& call, FlashnormPar
   return size;
 }
 
+template <class W>
+int64_t run_plain(const FlashnormModel& model, const FlashnormCall& call, FlashnormPart part, bool few) {
+  if (few) return run<Few<W, Plain<W>>>(model, call, part);
+  return run<Many<W, Plain<Fp32>, Plain<W>>>(model, call, part);
+}
+
 // Bytes of memory that the call needs; with that memory, the call is done.
 int64_t run(const FlashnormModel& model, const FlashnormCall& call, FlashnormPart part) {
   const bool few = call.texts * call.tokens <= kFewTokens;
   switch (model.dtype) {
     case kBfloat16:
-      if (few) return run<Few<Bf16>>(model, call, part);
 #if defined(__AVX512BF16__)
-      return run<Many<Bf16, DotPairs>>(model, call, part);
+      if (few) return run<Few<Bf16, Pairs>>(model, call, part);
+      return run<Many<Bf16, DotPairs, DotPairs>>(model, call, part);
 #else
-      return run<Many<Bf16, Plain<Fp32>>>(model, call, part);
+      return run_plain<Bf16>(model, call, part, few);
 #endif
     case kFloat16:
-      if (few) return run<Few<Fp16>>(model, call, part);
-      return run<Many<Fp16, Plain<Fp32>>>(model, call, part);
+      return run_plain<Fp16>(model, call, part, few);
     default:
-      if (few) return run<Few<Fp32>>(model, call, part);
-      return run<Many<Fp32, Plain<Fp32>>>(model, call, part);
+      return run_plain<Fp32>(model, call, part, few);
   }
 }
 

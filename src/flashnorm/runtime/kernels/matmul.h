@@ -28,6 +28,16 @@ inline void fetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 // Room for a row of so many numbers; what is over is zero.
 inline int row_size(int count) { return (count + kRowStep - 1) / kRowStep * kRowStep; }
 
+// Activations as a linear wants them.
+inline void put(float* to, const float* from, int count) { memcpy(to, from, count * sizeof(float)); }
+inline void put(uint16_t* to, const float* from, int count) {
+  int i = 0;
+  for (; i + kBlock <= count; i += kBlock) Bf16::store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = Bf16::from_float(from[i]);
+}
+inline void put(float* to, Vec v) { store(to, v); }
+inline void put(uint16_t* to, Vec v) { Bf16::store(to, v); }
+
 // The share of `count` things that thread `me` of `all` does.
 struct Share {
   int begin, end;
@@ -41,7 +51,7 @@ template <class W>
 struct Plain {
   using Element = typename W::Element;
   using Activation = float;
-  static constexpr int kStep = 1;
+  static constexpr int kStep = 1;  // inputs that lie together
 
   template <int M, int N>
   static inline void step(Vec (&sum)[M][N], const float* x, int64_t ldx, const Element* w, int64_t block, int k) {
@@ -53,7 +63,31 @@ struct Plain {
 };
 
 #if defined(__AVX512BF16__)
-// bf16 in pairs, [input / 2][16][2], and activations in bf16: two products at a time, summed in float32.
+// bf16 in pairs, [input / 2][16][2].
+struct Pairs {
+  using Element = uint16_t;
+  using Activation = float;
+  static constexpr int kStep = 2;
+
+  template <int M, int N>
+  static inline void step(Vec (&sum)[M][N], const float* x, int64_t ldx, const Element* w, int64_t block, int k) {
+    Vec even[N], odd[N];
+    for (int n = 0; n < N; ++n) {
+      Bits both;
+      memcpy(&both, w + n * block + int64_t(k) * kBlock, sizeof both);
+      const Bits low = both << 16, high = both & 0xffff0000u;
+      memcpy(&even[n], &low, sizeof low);
+      memcpy(&odd[n], &high, sizeof high);
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) {
+        multiply_add(sum[m][n], even[n], splat(x[m * ldx + k]));
+        multiply_add(sum[m][n], odd[n], splat(x[m * ldx + k + 1]));
+      }
+  }
+};
+
+// The same with activations in bf16: two products at a time, summed in float32.
 struct DotPairs {
   using Element = uint16_t;
   using Activation = uint16_t;
@@ -125,9 +159,11 @@ struct Outputs {
   Ahead next;  // the weights after them
 };
 
-template <class W>
+// T: the tile for attention, whose keys and values are stored as it wants them.
+template <class W, class T>
 struct Few {
   using Weights = W;
+  using Tile = T;
   using Element = typename W::Element;
   using Activation = float;
   static constexpr int kPanel = 1;      // blocks of outputs at a time
@@ -183,10 +219,11 @@ struct Few {
   }
 };
 
-// T: the tile; Packer: sixteen numbers of a row, as a vector of what is packed.
-template <class W, class T>
+// T: the tile; A: that for attention.
+template <class W, class T, class A>
 struct Many {
   using Weights = W;
+  using Tile = A;
   using Element = typename W::Element;
   using Activation = typename T::Activation;
   static constexpr int kPanel = kWide;
