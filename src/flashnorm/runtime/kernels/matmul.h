@@ -25,8 +25,9 @@ constexpr int kAhead = 512;           // bytes that are fetched before they are 
 
 inline void fetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
-// Room for a row of so many numbers; what is over is zero.
-inline int row_size(int count) { return (count + kRowStep - 1) / kRowStep * kRowStep; }
+// Room for a row of so many numbers; what is over is zero. An odd number of steps, so that the rows of a tile do not all
+// fall into the same few places of the cache, as they would at distances of a power of two.
+inline int row_size(int count) { return ((count + kRowStep - 1) / kRowStep | 1) * kRowStep; }
 
 // Activations as a linear wants them.
 inline void put(float* to, const float* from, int count) { memcpy(to, from, count * sizeof(float)); }
