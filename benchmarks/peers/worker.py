@@ -14,7 +14,10 @@ The first request of a length is run twice before, untimed, as it may compile, a
 import importlib
 import json
 import os
+import queue
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -62,8 +65,22 @@ def answer(model: Model, request: dict[str, Any], warm: set[tuple[int, int]]) ->
     return {"seconds": seconds, "tokens": generated}
 
 
+def requests() -> queue.SimpleQueue[str]:
+    """Lines of standard input as they come; at its end, this process and all it started end, whatever they do."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
 def serve(output: IO[str]) -> None:
-    """Load, then answer until there is no more input."""
+    """Load, then answer for as long as the parent lives."""
+    lines = requests()
     peer, folder, dtype, threads, scratch, variant = sys.argv[1:]
     try:
         module = importlib.import_module(f"workers.{peer}")
@@ -73,9 +90,9 @@ def serve(output: IO[str]) -> None:
         raise
     print(json.dumps({"version": model.version}), file=output, flush=True)
     warm: set[tuple[int, int]] = set()
-    for line in sys.stdin:
+    while True:
         try:
-            reply = answer(model, json.loads(line), warm)
+            reply = answer(model, json.loads(lines.get()), warm)
         except Exception as error:
             reply = in_one_line(error)
         print(json.dumps(reply), file=output, flush=True)
