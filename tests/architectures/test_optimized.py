@@ -22,12 +22,16 @@ def test_the_same_tokens(model_type: str) -> None:
         model = causal.build(model_type).float()
     except Exception as error:
         pytest.skip(f"not built: {error}")
+    ids = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1] * 9, [0, 0] + [1] * 7])
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    if model_type in OPTIMIZED:
+        expected = model.generate(ids, **options)
+        beams = model.generate(ids, num_beams=3, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flashnorm.optimize(model)
     assert ("generate" in vars(model)) == (model_type in OPTIMIZED)
     if model_type in OPTIMIZED:
-        ids = torch.randint(3, 120, (1, 9), generator=torch.Generator().manual_seed(1))
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
-        expected = type(model).generate(model, ids, **options)
         assert torch.equal(model.generate(ids, **options), expected)
+        assert torch.equal(model.generate(ids, num_beams=3, **options), beams)

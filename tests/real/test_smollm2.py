@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flashnorm
+from flashnorm.runtime.fused import FusedDecoder
+from flashnorm.runtime.structure import read_decoder
+from flashnorm.verify.text import DEFAULT_TEXT
 
 # Folding rounds bf16 weights once more, so a near tie can fall the other way; this prompt's first 64 tokens have none.
 PROMPT = "The three most important things to know about the moon are"
@@ -100,9 +105,29 @@ def test_one_flipped_bit(smollm2: Path, converted: Path, tmp_path: Path) -> None
     assert finding.differing == 1
 
 
-def test_the_fused_kernels_generate_the_same(converted: Path, expected: list[int]) -> None:
-    model: Any = flashnorm.load(converted, dtype=torch.float32)
-    assert greedy(flashnorm.optimize(model), converted) == expected
+def test_the_fused_kernels_say_what_the_source_says_for_256_steps(smollm2: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    expected = greedy(model, smollm2, 256)
+    assert greedy(flashnorm.optimize(model), smollm2, 256) == expected
+
+
+def test_the_fused_kernels_round_no_more_than_transformers(smollm2: Path) -> None:
+    ids = AutoTokenizer.from_pretrained(smollm2)(DEFAULT_TEXT, return_tensors="pt")["input_ids"]
+
+    def kl(found: Tensor) -> float:
+        """To the float64 oracle, in nats a token."""
+        return F.kl_div(found.double().log_softmax(-1), oracle, reduction="batchmean", log_target=True).item()
+
+    with torch.inference_mode():
+        model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64)
+        oracle = model(ids).logits[0].log_softmax(-1)
+        for dtype in (torch.bfloat16, torch.float16):
+            model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+            theirs = kl(model(ids).logits[0])
+            flashnorm.optimize(model)
+            layers = kl(model(ids).logits[0])
+            ours = kl(FusedDecoder(read_decoder(model)).extend(ids[0], ids.shape[1]))
+            assert ours <= layers <= theirs, (dtype, ours, layers, theirs)
 
 
 def test_load_and_generate(converted: Path, expected: list[int], caplog: pytest.LogCaptureFixture) -> None:
