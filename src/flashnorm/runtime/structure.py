@@ -166,13 +166,16 @@ def _checked_layer(layer: Any, config: Any, index: int) -> LayerWeights:
 def read_layer(layer: Any, config: Any, index: int) -> LayerWeights:
     """The weights of a decoder layer, as they are now; raises `UnsupportedError` if there is none of that name."""
     attention, mlp = _attribute(layer, "self_attn"), _attribute(layer, "mlp")
-    q_size = config.num_attention_heads * attention.head_dim
-    kv_size = config.num_key_value_heads * attention.head_dim
+    heads, kv_heads, head_dim = (
+        int(_attribute(config, "num_attention_heads")),
+        int(_attribute(config, "num_key_value_heads")),
+        int(_attribute(attention, "head_dim")),
+    )
     parts = {
-        **_parts(attention, ("q", "k", "v"), "qkv_proj", (q_size, kv_size, kv_size)),
-        **_parts(mlp, ("gate", "up"), "gate_up_proj", (config.intermediate_size,) * 2),
-        **_parts(attention, ("output",), "o_proj", (config.hidden_size,)),
-        **_parts(mlp, ("down",), "down_proj", (config.hidden_size,)),
+        **_parts(attention, ("q", "k", "v"), "qkv_proj", (heads, kv_heads, kv_heads), head_dim),
+        **_parts(mlp, ("gate", "up"), "gate_up_proj", (1, 1)),
+        **_part("output", _attribute(attention, "o_proj")),
+        **_part("down", _attribute(mlp, "down_proj")),
     }
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[index] == "sliding_attention")
@@ -187,25 +190,29 @@ def read_layer(layer: Any, config: Any, index: int) -> LayerWeights:
     )
 
 
-def _parts(module: Any, names: tuple[str, ...], fused: str, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Weights and biases of linears that are alone, `<name>_proj`, or parts of a fused one."""
-    found: dict[str, Any] = {}
+def _parts(
+    module: Any, names: tuple[str, ...], fused: str, shares: tuple[int, ...], size: int | None = None
+) -> dict[str, Any]:
+    """Weights and biases of linears that are alone, `<name>_proj`, or parts of a fused one, of so many shares each."""
     together = getattr(module, fused, None)
     if together is None:
-        for name in names:
-            linear = _attribute(module, f"{name}_proj")
-            found |= {name: linear.weight.detach(), f"{name}_bias": _detached(linear.bias)}
-        return found
-    if len(together.weight) != sum(sizes):
-        raise UnsupportedError(f"expected {fused} to have {sum(sizes)} outputs, found {len(together.weight)}")
-    biases = [None] * len(names) if together.bias is None else together.bias.detach().split(sizes)
-    for name, weight, bias in zip(names, together.weight.detach().split(sizes), biases, strict=True):
-        found |= {name: weight, f"{name}_bias": bias}
-    return found
+        return {key: part for name in names for key, part in _part(name, _attribute(module, f"{name}_proj")).items()}
+    whole = _part(fused, together)
+    outputs = len(whole[fused])
+    size = outputs // sum(shares) if size is None else size
+    if outputs != size * sum(shares):
+        raise UnsupportedError(f"expected {fused} to have {size * sum(shares)} outputs, found {outputs}")
+    sizes, bias = [size * share for share in shares], whole[f"{fused}_bias"]
+    weights = whole[fused].split(sizes)
+    biases = [None] * len(names) if bias is None else bias.split(sizes)
+    return dict(zip(names, weights, strict=True)) | {f"{n}_bias": b for n, b in zip(names, biases, strict=True)}
 
 
-def _detached(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach()
+def _part(name: str, linear: Any) -> dict[str, Any]:
+    weight, bias = _attribute(linear, "weight"), getattr(linear, "bias", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise UnsupportedError(f"expected {type(linear).__name__} to have a matrix as weight, found none")
+    return {name: weight.detach(), f"{name}_bias": None if bias is None else bias.detach()}
 
 
 # --- the proof
