@@ -40,7 +40,7 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _memory() -> torch.Tensor:
     """In large pages where there are such, as weights are; written to once, so that it is there."""
-    memory = mmap.mmap(-1, _BYTES)
+    memory = mmap.mmap(-1, _BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)

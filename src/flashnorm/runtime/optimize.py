@@ -66,11 +66,11 @@ def _move_to_large_pages(model: PreTrainedModel) -> None:
 
     All of them move, as each may be a view of a mapped file, which would stay in memory for it.
     """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return
     weights = [weight for weight in model.parameters() if not weight.is_inference()]
     sizes = [-(-weight.numel() * weight.element_size() // 64) * 64 for weight in weights]
-    memory = mmap.mmap(-1, max(sum(sizes), 1))
+    memory = mmap.mmap(-1, max(sum(sizes), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     at = 0
     for weight, size in zip(weights, sizes, strict=True):
