@@ -52,7 +52,7 @@ IDENTITIES = {
     "vllm.model_executor.models.nemotron.NemotronLayerNorm1P": 0.0,
 }
 
-# Fused operators that take a norm's weight, or look for one: with these passes, norms pass a constant.
+# Compiler passes whose fused operators take a norm's weight, or look for one. The first is for quantised linears.
 _PASSES_WITH_WEIGHT = (
     "fuse_norm_quant",
     "fuse_allreduce_rms",
@@ -157,6 +157,18 @@ def refusal(norms: Iterable[str], *, runner: str, draft: str | None, load_format
             "output would be pooled, is in the output head: use the model before its conversion"
         )
     return None
+
+
+def fused_with_weight(passes: Any, *, compiled: bool, quantized: bool) -> bool:
+    """Whether norms should pass a constant weight, since without one they would not be fused with what is around them.
+
+    Args:
+        passes: vLLM's `PassConfig`.
+        compiled: whether vLLM's compiler runs, whose passes these are.
+        quantized: whether the linears are.
+    """
+    chosen = [name for name in _PASSES_WITH_WEIGHT if getattr(passes, name, None)]
+    return compiled and bool(chosen) and (quantized or chosen != ["fuse_norm_quant"])
 
 
 def adapter_refusal(adapter: Mapping[str, Any], model: str) -> str | None:
@@ -377,6 +389,7 @@ def _make_weightless(model: nn.Module, built: _Built, norms: Iterable[str], chec
         InputError: a norm is not there, or of a class that cannot be built without weight; the checkpoint lacks
             anything else; or the model is to be used in a way that needs what is not there any more.
     """
+    from vllm.config import CompilationMode
     from vllm.model_executor.models.utils import get_pp_missing_layer_names
 
     norms = list(norms)
@@ -391,8 +404,11 @@ def _make_weightless(model: nn.Module, built: _Built, norms: Iterable[str], chec
     # A head that drafts for its own model has that one's config.
     target = built.vllm_config.model_config
     drafts_for_itself = built.model_config is not target and built.model_config.model == target.model
-    constant = any(
-        getattr(built.vllm_config.compilation_config.pass_config, name, None) for name in _PASSES_WITH_WEIGHT
+    compilation = built.vllm_config.compilation_config
+    constant = fused_with_weight(
+        compilation.pass_config,
+        compiled=compilation.mode == CompilationMode.VLLM_COMPILE,
+        quantized=built.model_config.quantization is not None,
     )
     for tensor in norms:
         renamed = rename(tensor)
