@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": SIZES,
     "qwen3_moe": SIZES | EXPERTS | {"num_experts": 4},
     "gemma3_text": SIZES | {"sliding_window": 8, "query_pre_attn_scalar": 64},
-    "phi3": {"hidden_size": 128, "num_attention_heads": 2},
+    "phi3": SIZES | {"num_attention_heads": 2},
     "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": SIZES | EXPERTS | LATENT,
     "deepseek_v3": SIZES | EXPERTS | LATENT | {"topk_method": "noaux_tc"},

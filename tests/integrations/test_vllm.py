@@ -67,11 +67,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     job("reloaded", folded, steps=["reload"])
     job("reloaded without flag", folder / "no flag", steps=["reload"])
     job("dummy", folded, options={"load_format": "dummy"})
-    job(
-        "ngram",
-        folded,
-        options={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-    )
 
     first = f"model.layers.0.{LINEAR}"
     query = "model.layers.0.self_attn.q_proj.weight"
@@ -110,6 +105,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         job(f"smollm2, {word}, converted", folder / f"smollm2-{word}-flashnorm", options={"dtype": word})
     flashnorm.convert(folder / "smollm2-float32", folder / "untied", untie=True)
     job("smollm2, untied", folder / "untied")
+    # Last, as no other model can be built in its process.
+    job(
+        "ngram",
+        folded,
+        options={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+    )
     return run_jobs(folder, jobs, timeout=3000)
 
 
@@ -251,7 +252,9 @@ def test_adapter_trained_on_the_converted_model(results: Results) -> None:
     assert results["adapter"]["tokens"] != results["llama"]["tokens"]
 
 
-@pytest.mark.parametrize(("kind", "options"), [("tensor", {"tensor_parallel_size": 2})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("tensor", {"tensor_parallel_size": 2}), ("pipeline", {"pipeline_parallel_size": 2})]
+)
 def test_parallel(
     results: Results, converted_llama: tuple[Path, Path], tmp_path: Path, kind: str, options: dict[str, Any]
 ) -> None:
