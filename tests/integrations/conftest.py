@@ -1,6 +1,7 @@
 """Checkpoints for vLLM, and what it makes of them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -89,13 +90,14 @@ def _as(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float) -> dict[str, dict[str, Any]]:
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float, **environment: str) -> dict[str, dict[str, Any]]:
     """What `vllm_jobs.py` says of some jobs, in a process of its own; `timeout` in seconds."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("vllm_jobs.py")
     with (folder / "jobs.log").open("w") as log:
         command = [sys.executable, script, folder / "jobs.json", folder / "results.json"]
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=False)
+        settings = os.environ | environment
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=False, env=settings)
     results = json.loads((folder / "results.json").read_text())
     assert results.keys() == {job["name"] for job in jobs}, (folder / "jobs.log").read_text()[-3000:]
     return results

@@ -153,7 +153,8 @@ def test_architectures(results: Results, model_type: str) -> None:
     assert gone
     assert all("norm" in name or "ln_" in name for name in gone)
     assert not set(converted["vectors"]) - set(original["vectors"])
-    assert converted["state"] == original["state"] - len(gone)
+    assert not gone & set(converted["state"])
+    assert not set(converted["state"]) - set(original["state"])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text", "phi3", "mixtral", "deepseek_v2"])
@@ -262,7 +263,8 @@ def test_parallel(
     options = options | {"distributed_executor_backend": "mp"}
     models = zip(("source", "converted"), converted_llama, strict=True)
     jobs = [{"name": name, "model": str(model), "options": options} for name, model in models]
-    found = run_jobs(tmp_path, jobs, timeout=600)
+    # One core for each.
+    found = run_jobs(tmp_path, jobs, timeout=600, VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert_same(found["converted"], found["source"])
     assert_same(found["converted"], results["llama"])
     assert found["converted"]["vectors"] == []

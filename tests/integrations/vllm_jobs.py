@@ -73,9 +73,10 @@ def reload(llm: Any) -> None:
 def look(model: Any) -> dict[str, Any]:
     """What a model of vLLM is made of. A function of the module, as workers are sent it."""
     return {
-        "vectors": sorted(name for name, parameter in model.named_parameters() if parameter.dim() == 1),
+        # Linears that are packed for the CPU leave an empty vector behind.
+        "vectors": sorted(name for name, value in model.named_parameters() if value.dim() == 1 and value.numel()),
         "classes": Counter(type(module).__name__ for module in model.modules()),
-        "state": len(model.state_dict()),
+        "state": sorted(model.state_dict()),
         "loads_as_ever": "load_weights" not in vars(model),
     }
 
