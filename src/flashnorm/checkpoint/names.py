@@ -5,6 +5,8 @@
   stored tensor's elements come from, and so along which of its axes a gain goes.
 """
 
+import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -110,6 +112,7 @@ class StoredNames:
         self._aliases = names_by_parameter(model)
         self._known: set[str] = set()
         self._present = tensors
+        self._optional = tuple(model._keys_to_ignore_on_load_missing or ())
         own = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
         stored = _views_as_stored(model, own)
         spell = _spelling(model, stored, own, tensors)
@@ -138,6 +141,17 @@ class StoredNames:
         if not views or any(view.stored_shape != view.shape for view in views.values()):
             raise InputError(f"expected {parameter} to be stored as one tensor, found {sorted(views) or 'none'}")
         return list(views)
+
+    def absent(self) -> list[str]:
+        """The tensors that the model's code needs and the checkpoint lacks: of parameters that are not there whole."""
+        missing: list[str] = []
+        for views in self._views.values():
+            sizes = {name: math.prod(view.stored_shape) for name, view in views.items() if view.shape}
+            stored = sum(size for name, size in sizes.items() if name in self._present)
+            # Of a parameter with several names, one is enough.
+            if stored < max((math.prod(views[name].shape) for name in sizes), default=0):
+                missing += [name for name in sizes if name not in self._present]
+        return sorted(name for name in missing if not any(re.search(pattern, name) for pattern in self._optional))
 
     def unread(self) -> list[str]:
         """The checkpoint's tensors that the model's code does not know (a multi-token-prediction head, say)."""

@@ -1,5 +1,7 @@
 """Is this checkpoint folded? Told by its config where that says so, else by which norms are absent or at identity."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flashnorm.checkpoint.names import CheckpointPlan
@@ -25,7 +27,7 @@ def weightless_norms(checkpoint: Checkpoint, names: CheckpointPlan) -> dict[str,
         InputError: only some of the norms are absent, a norm that is said to be folded has a gain, or the config's key
             cannot be read.
     """
-    listed = _listed(checkpoint)
+    listed = listed_norms(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if listed is not None:
         unknown = [name for name in listed if name not in names.norms]
         if unknown:
@@ -53,19 +55,28 @@ def weightless_norms(checkpoint: Checkpoint, names: CheckpointPlan) -> dict[str,
     return dict(names.norms) if names.norms and identical else None
 
 
-def _listed(checkpoint: Checkpoint) -> list[str] | None:
-    entry: Any = checkpoint.config.get(CONFIG_KEY)
+def listed_norms(config: Mapping[str, Any], where: str | Path) -> list[str] | None:
+    """The norm tensors that a config names as weightless; None if it does not have our key.
+
+    Args:
+        config: config.json, parsed.
+        where: its place, for messages.
+
+    Raises:
+        InputError: the key holds something else, or is of another version.
+    """
+    entry: Any = config.get(CONFIG_KEY)
     if entry is None:
         return None
     names = entry.get("weightless") if isinstance(entry, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
-            f'{checkpoint.folder / CONFIG_FILE}: expected "{CONFIG_KEY}": {{"version": {CONFIG_VERSION}, "weightless": '
-            "[...]}, found something else; convert the source again"
+            f'{where}: expected "{CONFIG_KEY}": {{"version": {CONFIG_VERSION}, "weightless": [...]}}, found something '
+            "else; convert the source again"
         )
     if entry.get("version") != CONFIG_VERSION:
         raise InputError(
-            f"{checkpoint.folder / CONFIG_FILE}: expected version {CONFIG_VERSION} of the {CONFIG_KEY} key, found "
-            f"{entry.get('version')!r}; use the flashnorm release that wrote it"
+            f"{where}: expected version {CONFIG_VERSION} of the {CONFIG_KEY} key, found {entry.get('version')!r}; use "
+            "the flashnorm release that wrote it"
         )
     return names

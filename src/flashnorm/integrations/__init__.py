@@ -1,0 +1,1 @@
+"""FlashNorm in other programs: one file for each of them."""

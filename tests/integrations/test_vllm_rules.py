@@ -1,0 +1,144 @@
+"""What the vLLM plugin decides, without vLLM."""
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import flashnorm
+import tiny
+from flashnorm.checkpoint.names import StoredNames
+from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.checkpoint.state import listed_norms
+from flashnorm.integrations import vllm as plugin
+from flashnorm.trace.models import meta_model
+
+LAYER, FINAL = "model.layers.0.input_layernorm.weight", "model.norm.weight"
+
+
+def test_entry_point() -> None:
+    (found,) = entry_points(group="vllm.general_plugins", name="flashnorm")
+    assert found.load() is plugin.register
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("0.27.0", True), ("0.32.0+cpu", True), ("1.0.0", True), ("0.26.0", False), ("0.11.0", False), ("dev", True)],
+)
+def test_versions(version: str, fits: bool) -> None:
+    why = plugin.unsupported(version)
+    assert (why is None) == fits
+    assert fits or version in str(why)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "parameters", "found"),
+    [
+        (LAYER, [LAYER, "language_model." + LAYER], LAYER),
+        (
+            "h.0.ln_1.weight",
+            ["transformer.h.0.ln_1.weight", "transformer.h.10.ln_1.weight"],
+            "transformer.h.0.ln_1.weight",
+        ),
+        ("model.norm.weight", ["norm.weight", "layers.0.q_norm.weight"], "norm.weight"),
+        ("norm.weight", ["a.norm.weight", "b.norm.weight"], None),
+        ("model.norm.weight", ["model.layers.0.norm.weight", "model.q_norm.weight"], None),
+    ],
+)
+def test_names(tensor: str, parameters: list[str], found: str | None) -> None:
+    assert plugin.parameter_of(tensor, parameters) == found
+
+
+@pytest.mark.parametrize(
+    ("tensor", "elsewhere"),
+    [
+        (LAYER, True),
+        (FINAL, True),
+        ("model.layers.10.input_layernorm.weight", False),
+        ("model.layers.1.input_layernorm.weight", False),
+        ("h.3.ln_1.weight", True),
+        ("h.31.ln_1.weight", False),
+    ],
+)
+def test_other_stages_of_a_pipeline(tensor: str, elsewhere: bool) -> None:
+    missing = ["model.layers.0.", "model.layers.11.", "model.norm.", "transformer.h.3."]
+    assert plugin.on_other_stage(tensor, missing) == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("norms", "use", "word"),
+    [
+        ([LAYER, FINAL], {}, None),
+        ([LAYER, FINAL], {"draft": "ngram"}, None),
+        ([LAYER, FINAL], {"draft": "draft_model"}, None),
+        ([LAYER, FINAL], {"draft": "eagle3"}, "the method eagle3; the gain of model.norm.weight"),
+        ([LAYER, FINAL], {"draft": "a method of tomorrow"}, "a method of tomorrow"),
+        ([LAYER], {"draft": "mtp"}, None),
+        ([LAYER, FINAL], {"runner": "pooling"}, "the gain of model.norm.weight, whose output would be pooled"),
+        ([LAYER], {"runner": "pooling"}, None),
+        ([LAYER], {"load_format": "tensorizer"}, "--load-format tensorizer"),
+    ],
+)
+def test_refusals(norms: list[str], use: dict[str, Any], word: str | None) -> None:
+    why = plugin.refusal(norms, **({"runner": "generate", "draft": None, "load_format": "auto"} | use))
+    assert (why is None) if word is None else word in str(why)
+
+
+@pytest.mark.parametrize(
+    ("passes", "compiled", "quantized", "constant"),
+    [
+        ({}, True, True, False),
+        ({"fuse_norm_quant": True}, True, True, True),
+        ({"fuse_norm_quant": True}, True, False, False),
+        ({"fuse_norm_quant": True}, False, True, False),
+        ({"fuse_allreduce_rms": True}, True, False, True),
+        ({"fuse_norm_quant": True, "enable_sp": True}, True, False, True),
+        ({"fuse_act_quant": True, "eliminate_noops": True}, True, True, False),
+    ],
+)
+def test_passes_that_need_a_weight(passes: dict[str, bool], compiled: bool, quantized: bool, constant: bool) -> None:
+    found = plugin.fused_with_weight(SimpleNamespace(**passes), compiled=compiled, quantized=quantized)
+    assert found == constant
+
+
+def test_adapters(tmp_path: Path) -> None:
+    model = str(tmp_path)
+    assert plugin.adapter_refusal({"base_model_name_or_path": model + "/."}, model) is None
+    assert plugin.adapter_refusal({"base_model_name_or_path": "a/b"}, "a/b") is None
+    assert plugin.adapter_refusal({"base_model_name_or_path": "a/b", "flashnorm": True}, model) is None
+    assert "'a/b'" in str(plugin.adapter_refusal({"base_model_name_or_path": "a/b"}, model))
+    assert plugin.adapter_refusal({}, model) is not None
+
+
+def test_folded_norms_are_left_out_of_the_weights() -> None:
+    weights = {"a": torch.ones(3), "norm": torch.ones(3), "offset": torch.zeros(3)}
+    assert dict(plugin.without_folded(weights.items(), {"norm": 1.0, "offset": 0.0})).keys() == {"a"}
+    with pytest.raises(flashnorm.InputError, match="expected norm at 1"):
+        list(plugin.without_folded([("norm", torch.tensor([1.0, 2.0]))], {"norm": 1.0}))
+
+
+@pytest.mark.parametrize(
+    "entry", [[], {"version": 2, "weightless": []}, {"version": 1}, {"version": 1, "weightless": [1]}]
+)
+def test_unreadable_key(entry: Any) -> None:
+    with pytest.raises(flashnorm.InputError, match="flashnorm"):
+        listed_norms({"flashnorm": entry}, "config.json")
+    assert listed_norms({"flash_norm": True}, "config.json") is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
+def test_absent_tensors(tmp_path: Path, model_type: str) -> None:
+    """Of a converted checkpoint exactly the folded norms are absent; of a damaged one what is missing as well."""
+    config = tiny.config(model_type, tie_word_embeddings=True)  # the head's own name is absent with the embedding
+    flashnorm.convert(tiny.save(tmp_path / "source", tiny.model(config)), tmp_path / "converted")
+    checkpoint = Checkpoint.open(tmp_path / "converted")
+    listed = json.loads((tmp_path / "converted" / "config.json").read_text())["flashnorm"]["weightless"]
+    model = meta_model(config)
+    assert StoredNames(model, checkpoint.tensors).absent() == listed
+    for gone in checkpoint.tensors:
+        left = [name for name in checkpoint.tensors if name != gone]
+        assert set(StoredNames(model, left).absent()) - {"lm_head.weight"} == {*listed, gone}

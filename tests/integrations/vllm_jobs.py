@@ -1,0 +1,117 @@
+"""Runs models in vLLM, one after the other in one process, and writes down what they did.
+
+    python vllm_jobs.py JOBS.json RESULTS.json
+
+A job: `name`, `model` (a folder), `options` (of `vllm.LLM`), `steps` (names of functions below, run before generating).
+A result: tokens and log-probabilities of the greedy continuations, and what the model is made of; or the error.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to workers
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+PROMPTS = [list(range(5, 25)), list(range(40, 50)), [7, 99, 3, 120, 64]]
+TOKENS = 16
+TOP = 5
+DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "enable_prefix_caching": False,
+    "skip_tokenizer_init": True,
+    "distributed_executor_backend": "uni",
+}
+
+
+class GainProducts(TorchDispatchMode):
+    """Counts products of a matrix with a vector along its last axis: what a norm with a weight computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::mul", "aten::mul_"):
+            shapes = sorted((tuple(getattr(value, "shape", ())) for value in args), key=len)
+            self.count += len(shapes[0]) == 1 < len(shapes[1]) and shapes[0][0] == shapes[1][-1] > 1
+        return func(*args, **(kwargs or {}))
+
+
+def generate(llm: Any, **options: Any) -> dict[str, Any]:
+    """Greedy tokens after each prompt, `[prompts][TOKENS]`, and the log-probabilities of the best few at each."""
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=TOP, detokenize=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = [answer.outputs[0] for answer in llm.generate(prompts, sampling, use_tqdm=False, **options)]
+    return {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "logprobs": [
+            [{str(token): entry.logprob for token, entry in step.items()} for step in output.logprobs]
+            for output in outputs
+        ],
+    }
+
+
+def reload(llm: Any) -> None:
+    """Load the weights again, from the same files."""
+    llm.collective_rpc("reload_weights")
+
+
+def look(model: Any) -> dict[str, Any]:
+    """What a model of vLLM is made of. A function of the module, as workers are sent it."""
+    return {
+        # Linears that are packed for the CPU leave an empty vector behind.
+        "vectors": sorted(name for name, value in model.named_parameters() if value.dim() == 1 and value.numel()),
+        "classes": Counter(type(module).__name__ for module in model.modules()),
+        "state": sorted(model.state_dict()),
+        "loads_as_ever": "load_weights" not in vars(model),
+    }
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job."""
+    llm = LLM(job["model"], **(DEFAULTS | job.get("options", {})))
+    try:
+        for step in job.get("steps", ()):
+            globals()[step](llm)
+        adapter = job.get("adapter")
+        options = {} if adapter is None else {"lora_request": LoRARequest("adapter", 1, adapter)}
+        result = generate(llm, **options)
+        if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+            with GainProducts() as products:
+                generate(llm, **options)
+            result["gain_products"] = products.count
+        parts = llm.apply_model(look)
+        return result | parts[0] | {"vectors": sorted({name for part in parts for name in part["vectors"]})}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    """Do all jobs of a file."""
+    results: dict[str, Any] = {}
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            results[job["name"]] = run(job)
+        except BaseException as error:
+            results[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+        gc.collect()
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
