@@ -132,6 +132,12 @@ def make_adapter(folder: Path, base: str) -> Path:
     return folder
 
 
+def skip_without_mla(original: dict[str, Any]) -> None:
+    """Skip a model whose source vLLM cannot run either: 0.27 has no MLA on the CPU."""
+    if "MLA is not supported on CPU" in original.get("error", ""):
+        pytest.skip(original["error"])
+
+
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
     """Identical tokens, and equal log-probabilities of the best few at each."""
     assert "error" not in expected, expected
@@ -148,6 +154,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 @pytest.mark.parametrize("model_type", MODELS)
 def test_architectures(results: Results, model_type: str) -> None:
     original, converted = results[model_type], results[f"{model_type} converted"]
+    skip_without_mla(original)
     assert_same(converted, original)
     gone = set(original["vectors"]) - set(converted["vectors"])
     assert gone
@@ -161,6 +168,7 @@ def test_architectures(results: Results, model_type: str) -> None:
 def test_no_weight_reaches_the_operator(results: Results, model_type: str) -> None:
     """With all norms folded there is no product with a gain left; else only those of the norms that stay."""
     original, converted = results[model_type], results[f"{model_type} converted"]
+    skip_without_mla(original)
     norms = [name for name in original["vectors"] if "norm" in name]
     stay = [name for name in converted["vectors"] if "norm" in name]
     assert original["gain_products"] > 0
