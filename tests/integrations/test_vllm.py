@@ -273,6 +273,8 @@ def test_parallel(
     jobs = [{"name": name, "model": str(model), "options": options} for name, model in models]
     # One core for each.
     found = run_jobs(tmp_path, jobs, timeout=600, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    if kind == "pipeline" and "error" in found["source"]:
+        pytest.skip(f"vLLM does not run the source like this either: {found['source']['error']}")
     assert_same(found["converted"], found["source"])
     assert_same(found["converted"], results["llama"])
     assert found["converted"]["vectors"] == []
