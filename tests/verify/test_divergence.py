@@ -5,22 +5,34 @@ import math
 import pytest
 import torch
 
-from flashnorm.verify.divergence import agreement, differences, kl_divergence, perplexity, sensitivity
+from flashnorm.verify.divergence import (
+    agreement,
+    differences,
+    farthest,
+    kl_divergences,
+    perplexity,
+    relative_error,
+    sensitivity,
+)
 
 
 def logits(seed: int, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn(20, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def kl(oracle: torch.Tensor, run: torch.Tensor) -> float:
+    return float(kl_divergences(oracle, run).mean())
+
+
 def test_kl_is_the_definition() -> None:
     p, q = (torch.distributions.Categorical(logits=logits(seed)) for seed in (1, 2))
-    expected = float(torch.distributions.kl_divergence(p, q).mean())
-    assert kl_divergence(logits(1), logits(2)) == pytest.approx(expected, rel=1e-12)
+    expected = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(kl_divergences(logits(1), logits(2)), expected, rtol=1e-12, atol=0)
 
 
 def test_kl_of_equal_runs_is_zero_and_shifts_do_not_count() -> None:
-    assert kl_divergence(logits(1), logits(1)) == 0
-    assert kl_divergence(logits(1), logits(1) + 5) < 1e-30
+    assert kl(logits(1), logits(1)) == 0
+    assert kl(logits(1), logits(1) + 5) < 1e-30
 
 
 def test_tiny_kl_is_its_second_order_term() -> None:
@@ -28,26 +40,26 @@ def test_tiny_kl_is_its_second_order_term() -> None:
     oracle, step = logits(1), 1e-9 * logits(2)
     p = oracle.softmax(-1)
     variance = (p * (step - (p * step).sum(-1, keepdim=True)).square()).sum(-1).mean()
-    assert kl_divergence(oracle, oracle + step) == pytest.approx(float(variance) / 2, rel=1e-6)
+    assert kl(oracle, oracle + step) == pytest.approx(float(variance) / 2, rel=1e-6)
 
 
 def test_kl_with_masked_vocabulary() -> None:
     oracle, run = logits(1), logits(2)
-    short = kl_divergence(oracle[:, :40], run[:, :40])
+    short = kl(oracle[:, :40], run[:, :40])
     oracle[:, 40:] = run[:, 40:] = -math.inf
-    assert kl_divergence(oracle, run) == pytest.approx(short, rel=1e-12)
+    assert kl(oracle, run) == pytest.approx(short, rel=1e-12)
 
 
 def test_kl_far_apart_is_finite() -> None:
     oracle, run = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, -2000.0]], dtype=torch.float64)
-    assert kl_divergence(oracle, run) == pytest.approx(1000 - math.log(2))
-    assert kl_divergence(run, oracle) == pytest.approx(math.log(2))
+    assert kl(oracle, run) == pytest.approx(1000 - math.log(2))
+    assert kl(run, oracle) == pytest.approx(math.log(2))
 
 
 def test_nan_is_not_hidden() -> None:
     broken = logits(1)
     broken[3, 4] = math.nan
-    assert math.isnan(kl_divergence(logits(1), broken))
+    assert math.isnan(kl(logits(1), broken))
     assert math.isnan(differences(logits(1), broken)[0])
 
 
@@ -66,5 +78,21 @@ def test_differences_agreement_perplexity() -> None:
 def test_sensitivity_is_what_relative_noise_does_to_kl() -> None:
     oracle = logits(1)
     noise = torch.randn(100, *oracle.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    kls = [kl_divergence(oracle, oracle * (1 + 1e-4 * sample)) for sample in noise]
+    kls = [kl(oracle, oracle * (1 + 1e-4 * sample)) for sample in noise]
     assert sum(kls) / len(kls) == pytest.approx(1e-8 / 2 * sensitivity(oracle), rel=0.05)
+
+
+def test_relative_error() -> None:
+    oracle = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]])
+    run = torch.tensor([[3.0, 5.0], [0.0, 0.0], [0.0, 10.0]])
+    assert relative_error(oracle, run) == pytest.approx(0.2 / 3, rel=1e-12)
+    assert math.isnan(relative_error(oracle, run * math.nan))
+
+
+def test_farthest_logits_come_first_one_for_each_token() -> None:
+    oracle = torch.zeros(3, 4)
+    run = oracle.clone()
+    run[0, 1], run[0, 2], run[2, 3] = 1.0, -2.0, 5.0
+    assert farthest(oracle, run, 2) == [(2, 3), (0, 2)]
+    run[1, 1] = math.nan
+    assert farthest(oracle, run, 5) == [(1, 1), (2, 3), (0, 2)]

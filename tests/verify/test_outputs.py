@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flashnorm.convert import convert
 from flashnorm.verify import outputs, verify
 from flashnorm.verify.outputs import Greedy, OutputsReport, verify_outputs
 from flashnorm.verify.report import VerifyReport
+from flashnorm.verify.runs import Runner, loaders, needed_memory
 
 TINY = {
     "hidden_size": 64,
@@ -35,6 +37,7 @@ HEALTHY = [
     ("gemma2", torch.float32),
     ("qwen3", torch.bfloat16),
     ("olmo2", torch.float32),
+    ("qwen3_moe", torch.bfloat16),
 ]
 
 
@@ -81,11 +84,12 @@ def test_healthy_conversions_pass(
     assert report.dtype == str(dtype).removeprefix("torch.")
     assert report.source
     assert report.converted
+    assert report.rounding
     assert report.greedy
     assert len(report.greedy.source) == outputs.GREEDY_STEPS
     if dtype != torch.float64:
         assert report.source.kl > 0  # the oracle is not the run itself
-        assert report.rounding_kl < report.source.kl
+        assert report.rounding.kl < report.source.kl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -130,7 +134,7 @@ def test_a_source_that_does_not_fit_is_not_run(
 ) -> None:
     folder = source("llama", torch.bfloat16)
     convert(folder, tmp_path / "out")
-    monkeypatch.setattr(outputs, "_available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(outputs, "available_memory", lambda: 1 << 20)
     report = verify_outputs(folder, tmp_path / "out")
     assert report.skipped
     assert "GB" in report.skipped
@@ -138,8 +142,57 @@ def test_a_source_that_does_not_fit_is_not_run(
     assert report.to_dict() == {"ok": True, "skipped": report.skipped}
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+def test_streamed_from_disk_no_number_changes(
+    source: Callable[..., Path], tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = source(model_type, torch.bfloat16)
+    convert(folder, tmp_path / "out")
+    whole = verify_outputs(folder, tmp_path / "out", steps=8)
+    assert whole.ok
+    assert not whole.streamed
+    # As if the model had no room, but each of its modules had.
+    fits = needed_memory(AutoModelForCausalLM.from_pretrained(folder), 16, 96, 199, streamed=True)
+    monkeypatch.setattr(outputs, "available_memory", lambda: fits)
+    streamed = verify_outputs(folder, tmp_path / "out")
+    assert streamed == replace(whole, streamed=True)
+
+
+def test_streamed_experts_differ_by_the_arithmetic_alone(source: Callable[..., Path], tmp_path: Path) -> None:
+    """They lie in memory in another order, in which their products are summed differently."""
+    folder = source("qwen3_moe", torch.bfloat16)
+    convert(folder, tmp_path / "out")
+    whole, streamed = (verify_outputs(folder, tmp_path / "out", steps=8, streamed=way) for way in (False, True))
+    assert streamed.ok
+    assert streamed.greedy
+    assert whole.greedy
+    assert streamed.greedy.source == whole.greedy.source
+    for a, b in ((whole.source, streamed.source), (whole.converted, streamed.converted)):
+        assert a
+        assert b
+        assert a.kl_by_token == pytest.approx(b.kl_by_token, rel=1e-9)
+
+
+def test_streaming_holds_no_more_than_a_module(source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other parameters are on the meta device whenever a module runs."""
+    folder = source("llama", torch.float32)
+    there: set[int] = set()
+
+    def look(model: torch.nn.Module, runs: int) -> None:
+        def hook(*args: object) -> None:
+            there.add(sum(not parameter.is_meta for parameter in model.parameters()))
+
+        for module in model.modules():
+            module.register_forward_hook(hook)
+
+    runner = Runner(streamed=True)
+    monkeypatch.setattr(Runner, "_count", lambda self, model, runs: look(model, runs))
+    runner.outputs(loaders(folder, folder, False)[0], torch.float64, torch.arange(5))
+    assert max(there) <= 1
+
+
 def test_the_system_tells_its_memory() -> None:
-    available = outputs._available_memory()
+    available = outputs.available_memory()
     assert available is None or available > 1 << 28
 
 
@@ -158,8 +211,9 @@ def test_the_whole_answer(source: Callable[..., Path], tmp_path: Path) -> None:
     stages: list[str] = []
     report = verify(folder, tmp_path / "out", progress=lambda *step: seen.append(step), stage=stages.append)
     assert report.ok
-    assert seen[-1][0] == seen[-1][1] == report.weights.nbytes
-    assert len(stages) == 5
+    assert (report.weights.nbytes, report.weights.nbytes) in seen
+    assert seen[-1][0] == seen[-1][1]
+    assert len(stages) == 6
     data = json.loads(report.to_json())
     assert data["ok"]
     assert data["weights"]["folded"] == 16  # 3 layers of q, k, v, gate, up; and the head
@@ -185,13 +239,13 @@ def test_untied_conversions_are_recognised(source: Callable[..., Path], tmp_path
 
 
 def test_infinite_numbers_are_json() -> None:
-    report = OutputsReport(rounding_kl=float("inf"))
+    report = OutputsReport(oracle_perplexity=float("inf"))
     from flashnorm.verify.findings import Finding
     from flashnorm.verify.weights import WeightsReport
 
     weights = WeightsReport(0, 0, 0, 0, 0, 0, 0.0, (Finding("tensor", "a[b]", "is missing"),), 1)
     text = VerifyReport("source", "[bold]out", weights, report).to_json()
-    assert json.loads(text)["outputs"]["rounding_kl"] is None
+    assert json.loads(text)["outputs"]["oracle_perplexity"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -31,7 +31,7 @@ def verify(
         converted: folder of the FlashNorm checkpoint.
         weights_only: do not run the models.
         text: what to run them on: a text, or the path of a file that holds it; None for the one in the package.
-        progress: called with the bytes of weights compared so far, and in all.
+        progress: called with the bytes of weights compared so far, and in all; then, in each run, used so far.
         stage: called with a few words on what is being run, before each run of a model.
         trust_remote_code: run code that the checkpoints carry.
 
@@ -58,7 +58,14 @@ def verify(
     weights = verify_weights(folder, converted, names, plan, advance=advance)
     outputs = None
     if not weights_only:
-        outputs = verify_outputs(folder, converted, text=text, trust_remote_code=trust_remote_code, stage=stage)
+        outputs = verify_outputs(
+            folder,
+            converted,
+            text=text,
+            trust_remote_code=trust_remote_code,
+            stage=stage or (lambda words: None),
+            progress=progress or (lambda done, total: None),
+        )
     return VerifyReport(source=str(source), converted=str(converted), weights=weights, outputs=outputs)
 
 

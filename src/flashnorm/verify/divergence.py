@@ -7,22 +7,25 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-def kl_divergence(oracle: Tensor, run: Tensor) -> float:
-    """Mean Kullback-Leibler divergence `KL(oracle || run)` per token, in nats; NaN if a logit is.
+def kl_divergences(oracle: Tensor, run: Tensor) -> Tensor:
+    """Kullback-Leibler divergence `KL(oracle || run)` of each token, in nats; NaN if a logit is.
 
     Summed as `q - p - p log(q/p)`, whose terms are all positive: the plain `p log(p/q)` cancels to no better than
     1e-16, and two float32 runs are but 1e-12 apart.
 
     Args:
         oracle, run: logits, `[tokens, vocabulary]`, any floating dtype.
+
+    Returns:
+        `[tokens]`, float64.
     """
-    total = 0.0
+    sums = []
     for p_logits, q_logits in zip(oracle, run, strict=True):  # a token at a time: the vocabulary is large
         log_p, log_q = (logits.double().log_softmax(-1) for logits in (p_logits, q_logits))
         p, q, step = log_p.exp(), log_q.exp(), log_q - log_p
         terms = torch.where(step < 1, p * (torch.expm1(step) - step), q - p - p * step)
-        total += float(torch.where(log_p == -torch.inf, q, terms).sum())
-    return total / len(oracle)
+        sums.append(torch.where(log_p == -torch.inf, q, terms).sum())
+    return torch.stack(sums)
 
 
 def differences(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -31,6 +34,29 @@ def differences(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float(torch.stack([row.max() for row in rows]).max()), math.sqrt(
         float(torch.stack([row.square().mean() for row in rows]).mean())
     )
+
+
+def relative_error(oracle: Tensor, run: Tensor) -> float:
+    """The length of the error of a token's vector relative to the vector's own length, averaged over tokens.
+
+    Args:
+        oracle, run: `[tokens, hidden size]`.
+    """
+    oracle, run = oracle.double(), run.double()
+    error, length = (run - oracle).norm(dim=-1), oracle.norm(dim=-1)
+    return float(torch.where(error == 0, 0.0, error / length).mean())
+
+
+def farthest(oracle: Tensor, run: Tensor, count: int) -> list[tuple[int, int]]:
+    """Where a run's logits are farthest from the oracle's: `(token, entry of the vocabulary)`, the farthest first.
+
+    Args:
+        oracle, run: logits, `[tokens, vocabulary]`.
+        count: how many at most; one for each token.
+    """
+    largest = [(x.double() - y.double()).abs().nan_to_num(torch.inf).max(-1) for x, y in zip(oracle, run, strict=True)]
+    order = sorted(range(len(largest)), key=lambda token: -float(largest[token].values))
+    return [(token, int(largest[token].indices)) for token in order[:count]]
 
 
 def sensitivity(logits: Tensor) -> float:

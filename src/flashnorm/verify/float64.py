@@ -30,6 +30,8 @@ class _Float64Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CASTS:
             return args[0].double()
+        if func is torch.Tensor.view:  # reads the same bits as another dtype, which is no cast
+            return func(*args, **(kwargs or {}))
         widened = {name: _widen(value) for name, value in (kwargs or {}).items()}
         return func(*(_widen(value) for value in args), **widened)
 

@@ -2,35 +2,41 @@
 
 * bf16 runs of one model differ from each other, so two runs are not compared with each other but both with the oracle:
   the source's own distance from it is the noise of its dtype, and a conversion is to stay within that.
-* One model is in memory at a time. A source whose float64 version does not fit is not run, and the report says so.
+* One model is in memory at a time. One whose float64 version does not fit is streamed from disk (`runs.py`).
 """
 
-import contextlib
-import gc
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM
 
 from flashnorm.checkpoint.header import DTYPE_BITS, TORCH_DTYPES
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.errors import InputError
-from flashnorm.runtime.load import load, load_tokenizer
-from flashnorm.trace.models import load_config
-from flashnorm.verify.divergence import agreement, differences, kl_divergence, perplexity, sensitivity
-from flashnorm.verify.float64 import float64_everywhere
+from flashnorm.runtime.load import load_tokenizer
+from flashnorm.trace.models import load_config, meta_model
+from flashnorm.verify.divergence import (
+    agreement,
+    differences,
+    farthest,
+    kl_divergences,
+    perplexity,
+    relative_error,
+    sensitivity,
+)
+from flashnorm.verify.runs import Outputs, Runner, available_memory, loaders, needed_memory, quiet
 from flashnorm.verify.text import DEFAULT_TEXT
 
 MAX_TOKENS = 384
 PROMPT_TOKENS = 32
 GREEDY_STEPS = 64
+STREAMED_GREEDY_STEPS = 8  # each of them reads the whole checkpoint
+LARGEST_DIFFERENCES = 10
 
 # Bounds of the criteria, as `verify_outputs` explains them.
 MAX_RATIO = 2.0
@@ -47,6 +53,9 @@ class Run:
         largest_difference, rms_difference: of the logits.
         agreement: share of tokens after which both predict the same next token.
         perplexity: of the run itself.
+        kl_by_token: KL(oracle || run) at each token, in nats.
+        depth: relative error of the residual stream after the embedding and after each layer but the last, averaged
+            over tokens; then that of the logits. Only the logits where a model gives no hidden states.
     """
 
     kl: float
@@ -54,6 +63,44 @@ class Run:
     rms_difference: float
     agreement: float
     perplexity: float
+    kl_by_token: tuple[float, ...] = ()
+    depth: tuple[float, ...] = ()
+
+    @staticmethod
+    def of(oracle: Outputs, run: Outputs, tokens: Tensor) -> "Run":
+        """Compare a run with the oracle's, over `tokens`, `[tokens]`."""
+        largest, rms = differences(oracle.logits, run.logits)
+        by_token = kl_divergences(oracle.logits, run.logits)
+        states = zip((*oracle.hidden, oracle.logits), (*run.hidden, run.logits), strict=True)
+        return Run(
+            kl=float(by_token.mean()),
+            largest_difference=largest,
+            rms_difference=rms,
+            agreement=agreement(oracle.logits, run.logits),
+            perplexity=perplexity(run.logits, tokens),
+            kl_by_token=tuple(by_token.tolist()),
+            depth=tuple(relative_error(expected, found) for expected, found in states),
+        )
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """A logit of the converted run that is far from the oracle's.
+
+    Attributes:
+        position: of the token, in the text, after which the logit predicts.
+        token: the vocabulary's entry that the logit is of.
+        oracle, source, converted: the logit in the three runs.
+        context, token_text: the text that ends at the position, and the entry, where there is a tokenizer.
+    """
+
+    position: int
+    token: int
+    oracle: float
+    source: float
+    converted: float
+    context: str | None = None
+    token_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,21 +145,25 @@ class OutputsReport:
     Attributes:
         skipped: why nothing was run; then all else is empty.
         dtype: the checkpoint's, in which both models were run.
+        streamed: whether the weights came from disk, a module at a time, because the model does not fit into memory.
         tokens: length of the text.
         oracle_perplexity: of the source in float64.
         source, converted: the runs in the checkpoint's dtype.
-        rounding_kl: KL(oracle || converted model in float64): what the rounding of the folded weights does by itself.
+        rounding: the converted model in float64: what the rounding of the folded weights does by itself.
+        logits: the logits of the converted run that are farthest from the oracle's, one at most for each token.
         greedy: continuations in float32.
         criteria: what decides.
     """
 
     skipped: str | None = None
     dtype: str | None = None
+    streamed: bool = False
     tokens: int = 0
     oracle_perplexity: float = math.nan
     source: Run | None = None
     converted: Run | None = None
-    rounding_kl: float = math.nan
+    rounding: Run | None = None
+    logits: tuple[LogitDifference, ...] = ()
     greedy: Greedy | None = None
     criteria: tuple[Criterion, ...] = ()
 
@@ -142,9 +193,11 @@ def verify_outputs(
     converted: str | Path,
     *,
     text: str | None = None,
-    steps: int = GREEDY_STEPS,
+    steps: int | None = None,
+    streamed: bool | None = None,
     trust_remote_code: bool = False,
-    stage: Callable[[str], object] | None = None,
+    stage: Callable[[str], object] = lambda words: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> OutputsReport:
     """Run source and converted model on a text and compare both with the source in float64.
 
@@ -164,66 +217,76 @@ def verify_outputs(
         source, converted: folders.
         text: what to run on, at most `MAX_TOKENS` tokens of it; None for `DEFAULT_TEXT`. Without a tokenizer in the
             source's folder, a fixed pseudo-random sequence of tokens.
-        steps: length of the greedy continuations.
+        steps: length of the greedy continuations; None for `GREEDY_STEPS`, or `STREAMED_GREEDY_STEPS`.
+        streamed: read the weights from disk, a module at a time, which changes no number; None: if they do not fit.
         trust_remote_code: run code that the checkpoint carries.
         stage: called with a few words before each run.
+        progress: called with the bytes of weights that a run has used so far, and in all.
 
     Raises:
         InputError: one of the two is no readable checkpoint.
     """
-    stage = stage or (lambda words: None)
     original, result = Checkpoint.open(source), Checkpoint.open(converted)
     config = load_config(source, trust_remote_code)
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in AutoModelForCausalLM._model_mapping:
         return OutputsReport(skipped=f"{config.model_type} is no causal language model; only those are run")
-    dtype = _main_dtype(original)
-    if dtype is None:
+    tag = _main_dtype(original)
+    if tag is None:
         return OutputsReport(skipped="most weights are in a dtype that is not run")
-    vocabulary = config.get_text_config().vocab_size
-    needed = _needed_memory(original, result, vocabulary)
-    available = _available_memory()
-    if available is not None and needed > available:
-        there = f"{available / 1e9:.1f} GB of memory are available"
-        return OutputsReport(skipped=f"the source in float64 needs {needed / 1e9:.1f} GB, {there}")
-
+    dtype, vocabulary = TORCH_DTYPES[tag], config.get_text_config().vocab_size
     tokenizer = _tokenizer(original.folder, trust_remote_code)
     tokens = _tokens(tokenizer, text, vocabulary, config)
+    # The larger of the two, if the head was untied.
+    blank = meta_model(load_config(converted, trust_remote_code), trust_remote_code=trust_remote_code)
+    needed = {
+        way: needed_memory(blank, DTYPE_BITS[tag], len(tokens), vocabulary, streamed=way) for way in (False, True)
+    }
+    available = available_memory()
+    if streamed is None:
+        streamed = available is not None and needed[False] > available
+    if available is not None and needed[streamed] > available:
+        there = f"{available / 1e9:.1f} GB of memory are available"
+        return OutputsReport(
+            skipped=f"the source in float64 needs {needed[streamed] / 1e9:.1f} GB, even a module at a time; {there}"
+        )
+    if steps is None:
+        steps = STREAMED_GREEDY_STEPS if streamed else GREEDY_STEPS
+    run = Runner(streamed, progress)
+    load_source, load_converted = loaders(original.folder, result.folder, trust_remote_code)
 
-    def load_source(dtype: torch.dtype) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(
-            original.folder, dtype=dtype, trust_remote_code=trust_remote_code
-        ).eval()
-
-    def load_converted(dtype: torch.dtype) -> PreTrainedModel:
-        return load(result.folder, dtype=dtype, optimize=False, trust_remote_code=trust_remote_code).eval()
-
-    with _quiet():
-        stage("the source in float64, as the oracle")
-        oracle = _logits(load_source(torch.float64), tokens, exact=True)
-        stage(f"the source in {_short(dtype)}")
-        source_run = _compare(oracle, _logits(load_source(dtype), tokens), tokens)
-        stage(f"the converted model in {_short(dtype)}")
-        converted_run = _compare(oracle, _logits(load_converted(dtype), tokens), tokens)
-        stage("the converted model in float64")
-        rounding_kl = kl_divergence(oracle, _logits(load_converted(torch.float64), tokens, exact=True))
-        oracle_perplexity = perplexity(oracle, tokens)
-        floor = _rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle)
-        del oracle
-        stage("greedy continuations in float32")
-        prompt = tokens[:PROMPT_TOKENS]
-        expected, expected_logits = _continue(load_source(torch.float32), prompt, steps)
-        found, _ = _continue(load_converted(torch.float32), prompt, steps)
+    stage("the source in float64, as the oracle")
+    oracle = run.outputs(load_source, torch.float64, tokens, exact=True)
+    stage(f"the source in {_short(dtype)}")
+    source_outputs = run.outputs(load_source, dtype, tokens)
+    source_run = Run.of(oracle, source_outputs, tokens)
+    stage(f"the converted model in {_short(dtype)}")
+    converted_outputs = run.outputs(load_converted, dtype, tokens)
+    converted_run = Run.of(oracle, converted_outputs, tokens)
+    logits = _farthest_logits(oracle.logits, source_outputs.logits, converted_outputs.logits, tokens, tokenizer)
+    del source_outputs, converted_outputs
+    stage("the converted model in float64")
+    rounding = Run.of(oracle, run.outputs(load_converted, torch.float64, tokens, exact=True), tokens)
+    oracle_perplexity = perplexity(oracle.logits, tokens)
+    floor = _rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle.logits)
+    del oracle
+    prompt = tokens[:PROMPT_TOKENS]
+    stage("the source's greedy text, in float32")
+    expected, expected_logits = run.continuation(load_source, prompt, steps)
+    stage("the converted model's")
+    found, _ = run.continuation(load_converted, prompt, steps)
     greedy = _compare_greedy(expected, found, expected_logits, NEAR_TIE * source_run.rms_difference, tokenizer)
     return OutputsReport(
         dtype=_short(dtype),
+        streamed=streamed,
         tokens=len(tokens),
         oracle_perplexity=oracle_perplexity,
         source=source_run,
         converted=converted_run,
-        rounding_kl=rounding_kl,
+        rounding=rounding,
+        logits=logits,
         greedy=greedy,
-        criteria=_criteria(_short(dtype), source_run, converted_run, rounding_kl, floor, greedy),
+        criteria=_criteria(_short(dtype), source_run, converted_run, rounding.kl, floor, greedy),
     )
 
 
@@ -253,41 +316,24 @@ def _criteria(
     )
 
 
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, tokens: Tensor, exact: bool = False) -> Tensor:
-    """`[tokens, vocabulary]`; `exact` runs the model in true float64."""
-    with float64_everywhere() if exact else contextlib.nullcontext():
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-    del model
-    gc.collect()
-    return logits
+def _farthest_logits(
+    oracle: Tensor, source: Tensor, converted: Tensor, tokens: Tensor, tokenizer: Any
+) -> tuple[LogitDifference, ...]:
+    def decoded(ids: Sequence[int]) -> str | None:
+        return None if tokenizer is None else tokenizer.decode(ids)
 
-
-def _compare(oracle: Tensor, logits: Tensor, tokens: Tensor) -> Run:
-    largest, rms = differences(oracle, logits)
-    return Run(
-        kl=kl_divergence(oracle, logits),
-        largest_difference=largest,
-        rms_difference=rms,
-        agreement=agreement(oracle, logits),
-        perplexity=perplexity(logits, tokens),
+    return tuple(
+        LogitDifference(
+            position=position,
+            token=entry,
+            oracle=float(oracle[position, entry]),
+            source=float(source[position, entry]),
+            converted=float(converted[position, entry]),
+            context=decoded(tokens[max(0, position - 7) : position + 1].tolist()),
+            token_text=decoded([entry]),
+        )
+        for position, entry in farthest(oracle, converted, LARGEST_DIFFERENCES)
     )
-
-
-@torch.inference_mode()
-def _continue(model: PreTrainedModel, prompt: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The most likely tokens after a prompt, `[steps]`, and the logits they were chosen by, `[steps, vocabulary]`."""
-    # Not the checkpoint's own settings: no sampling, no penalties, no early end.
-    model.generation_config = GenerationConfig(max_new_tokens=steps, do_sample=False, pad_token_id=0)
-    answer: Any = cast(Any, model).generate(
-        prompt[None],
-        attention_mask=torch.ones_like(prompt[None]),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    del model
-    gc.collect()
-    return answer.sequences[0, len(prompt) :], torch.cat(answer.logits)
 
 
 def _compare_greedy(expected: Tensor, found: Tensor, logits: Tensor, tolerance: float, tokenizer: Any) -> Greedy:
@@ -320,35 +366,13 @@ def _rounding_noise(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps * math.sqrt(0.54 / 12), FLOAT64_NOISE)
 
 
-def _main_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """The floating dtype of most of a checkpoint's bytes."""
+def _main_dtype(checkpoint: Checkpoint) -> str | None:
+    """The name of the floating dtype of most of a checkpoint's bytes; None if it is one that is not run."""
     sizes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    dtype = TORCH_DTYPES.get(max(sizes, key=lambda name: sizes[name])) if sizes else None
-    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else None
-
-
-def _needed_memory(original: Checkpoint, result: Checkpoint, vocabulary: int) -> int:
-    """Bytes: the larger model in float64, three sets of logits, and some room."""
-    elements = max(
-        sum(info.nbytes * 8 // DTYPE_BITS[info.dtype] for info in checkpoint.tensors.values())
-        for checkpoint in (original, result)
-    )
-    return 9 * elements + 3 * 8 * MAX_TOKENS * vocabulary + (1 << 29)
-
-
-def _available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (OSError, ValueError, AttributeError):
-        return None
+    tag = max(sizes, key=lambda name: sizes[name], default="")
+    return tag if tag in ("F16", "BF16", "F32", "F64") else None
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -362,25 +386,11 @@ def _tokens(tokenizer: Any, text: str | None, vocabulary: int, config: Any) -> T
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
     length = min(MAX_TOKENS, positions)
     if tokenizer is not None:
-        with _quiet():
+        with quiet():
             ids = tokenizer(text if text is not None else DEFAULT_TEXT)["input_ids"][:length]
         if len(ids) > 1 and max(ids) < vocabulary:
             return torch.tensor(ids)
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and remarks."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _short(dtype: torch.dtype) -> str:

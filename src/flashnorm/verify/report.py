@@ -88,7 +88,7 @@ def _weights(report: WeightsReport) -> RenderableType:
 def _outputs(report: OutputsReport) -> RenderableType:
     if report.skipped is not None:
         return Text.from_markup(f"[yellow]-[/yellow] outputs: not compared, {escape(report.skipped)}")
-    if report.source is None or report.converted is None or report.greedy is None:
+    if report.source is None or report.converted is None or report.rounding is None or report.greedy is None:
         raise ValueError("a report of outputs that were neither skipped nor run")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for header in ("  run", "KL", "logits", "top-1", "perplexity"):
@@ -102,10 +102,10 @@ def _outputs(report: OutputsReport) -> RenderableType:
             f"{run.agreement:.1%}",
             f"{run.perplexity:.4f}",
         )
-    table.add_row("  converted, float64", f"{report.rounding_kl:.3g}", "", "", "")
+    table.add_row("  converted, float64", f"{report.rounding.kl:.3g}", "", "", "")
     head = (
         f"outputs: {report.tokens} tokens, against the source in float64 (KL in nats a token, largest difference of a "
-        "logit, same next token)"
+        "logit, same next token)" + ("; weights from disk, a module at a time" if report.streamed else "")
     )
     ratio = f"KL ratio, converted to source, in {report.dtype}: {report.ratio:.2f}"
     parts: list[RenderableType] = [_line(report.ok, head), table, Text(f"  {ratio}")]
