@@ -73,9 +73,16 @@ def check_plan(checkpoint: Checkpoint, plan: FoldPlan, names: CheckpointPlan) ->
 
 def check_places(source: Path, target: Path) -> None:
     """Raise `InputError` if source and target are the same folder, or one lies in the other."""
-    inner, outer = Path(os.path.realpath(target)), Path(os.path.realpath(source))
-    if inner == outer or outer in inner.parents or inner in outer.parents:
+    if _lies_in(source, target) or _lies_in(target, source):
         raise InputError(f"{target}: expected a target outside of the source {source}, found it inside (or around) it")
+
+
+def _lies_in(inner: Path, outer: Path) -> bool:
+    """Whether `inner`, which need not exist, is `outer` or in it, under whatever name (links, upper case, mounts)."""
+    path = Path(os.path.realpath(inner))
+    return os.path.exists(outer) and any(
+        os.path.samefile(part, outer) for part in (path, *path.parents) if os.path.exists(part)
+    )
 
 
 def _quantizations(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

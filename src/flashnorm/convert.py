@@ -31,6 +31,7 @@ from flashnorm.checkpoint.small_files import (
     updated_config,
     updated_index,
 )
+from flashnorm.checkpoint.source_files import check_names_differ, open_file
 from flashnorm.checkpoint.writer import (
     FileRecord,
     Staging,
@@ -100,6 +101,10 @@ class _Job:
         self.tensors = {name: output_tensors(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
         self.sizes = {name: len(self.headers[name]) + _nbytes(self.tensors[name]) for name in self.headers}
         self.copies = copied_files(self.checkpoint)
+        card = [CARD_FILE] if os.path.lexists(self.checkpoint.folder / CARD_FILE) else []
+        self.checkpoint = self.checkpoint.with_states_of([*self.copies, *card])
+        made = [CONFIG_FILE, INDEX_FILE, CARD_FILE, MANIFEST_FILE, *self.headers]
+        check_names_differ(self.checkpoint.folder, [*made, *self.copies])
         self.options = {"keep_norms": self.keep_norms, "untie": bool(self.names.untied)}
 
     def key(self) -> dict[str, object]:
@@ -154,14 +159,17 @@ class _Job:
         write_file(staging.model / CONFIG_FILE, config)
 
     def _write(self, staging: Staging, name: str, data: bytes) -> None:
-        if (self.checkpoint.folder / name).is_file():
+        if name in self.checkpoint.states:
             self.read[name] = file_record(self.checkpoint.folder / name)
         self.written[name] = write_file(staging.model / name, data)
 
     def _card(self) -> bytes:
-        path = self.checkpoint.folder / CARD_FILE
+        card = None
+        if CARD_FILE in self.checkpoint.states:
+            with open_file(self.checkpoint.folder / CARD_FILE) as file:
+                card = file.read().decode("utf-8", "surrogateescape")
         card = updated_card(
-            path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None,
+            card,
             base_model=self.source_id,
             version=flashnorm.__version__,
             norms=len(self.plan.folds),

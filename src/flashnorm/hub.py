@@ -1,5 +1,6 @@
 """Where a model is: a folder on disk, or a repository on the Hugging Face hub, fetched by huggingface_hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def check_source(source: str | Path) -> None:
     """Raise `InputError` if this is neither something on disk nor in the form of a hub id."""
-    if not Path(source).exists() and not (isinstance(source, str) and _HUB_ID.fullmatch(source)):
+    if not os.path.exists(source) and not (isinstance(source, str) and _HUB_ID.fullmatch(source)):
         raise InputError(f"{source}: expected a model's folder, found nothing there")
 
 
@@ -27,7 +28,7 @@ def local_folder(source: str | Path) -> Path:
         InputError: there is no such folder, and no such repository that can be reached.
     """
     check_source(source)
-    if Path(source).exists():
+    if os.path.exists(source):
         return Path(source)
     try:
         return Path(snapshot_download(str(source), ignore_patterns=_IGNORED))

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from flashnorm.checkpoint.header import MAX_HEADER_BYTES, encode_header, parse_header, read_header
+from flashnorm.checkpoint.header import encode_header, parse_header, read_header
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.checkpoint.strict_json import MAX_BYTES
 from flashnorm.errors import InputError
 
 TENSORS = {
@@ -195,7 +196,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (file_of({"x": F32 | {"data_offsets": [4, 12]}}, bytes(12)), "hole"),
         (file_of({"x": F32}, bytes(7)), "truncated"),
         (file_of({"x": F32, "__metadata__": {"a": 1}}, bytes(8)), "__metadata__"),
-        ((MAX_HEADER_BYTES + 1).to_bytes(8, "little"), "at most"),
+        ((MAX_BYTES + 1).to_bytes(8, "little"), "at most"),
         (b"\xff" * 8, "at most"),
         (b"\x01", "at least 8 bytes"),
     ],

@@ -17,6 +17,7 @@ from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 
+from flashnorm.checkpoint.source_files import cannot_read, open_handle
 from flashnorm.errors import InputError
 
 # A multiple of every logical block size in use (512 and 4096), and the size of a page.
@@ -41,12 +42,13 @@ class DirectReader:
     def __init__(self, path: Path) -> None:
         """Open the file. Raises `InputError` if it cannot be read."""
         self._path = path
+        self._cached = open_handle(path)
         try:
-            self._cached = os.open(path, os.O_RDONLY)
-            self._direct = _open_direct(path, os.O_RDONLY)
+            self._direct = _open_direct(path, os.O_RDONLY | os.O_NONBLOCK)
             self.size = os.fstat(self._cached).st_size
         except OSError as error:
-            raise self._error(error) from error
+            os.close(self._cached)
+            raise cannot_read(path, error) from error
 
     def read(self, start: int, nbytes: int, buffer: memoryview) -> memoryview:
         """Bytes `start` to `start + nbytes` of the file, as a part of `buffer`.
@@ -65,7 +67,7 @@ class DirectReader:
             try:
                 count = self._read_some(window[filled:], first + filled)
             except OSError as error:
-                raise self._error(error) from error
+                raise cannot_read(self._path, error) from error
             if count == 0:
                 raise InputError(
                     f"{self._path}: expected {start + nbytes} bytes, found the file shorter: it changed meanwhile"
@@ -83,9 +85,6 @@ class DirectReader:
                 os.close(self._direct)
                 self._direct = None
         return os.preadv(self._cached, [window], offset)
-
-    def _error(self, error: OSError) -> InputError:
-        return InputError(f"{self._path}: cannot be read ({error.strerror or error})")
 
     def __enter__(self) -> "DirectReader":
         return self

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
+from flashnorm.checkpoint.source_files import cannot_read, open_file
+from flashnorm.checkpoint.strict_json import MAX_BYTES, parse_object
 from flashnorm.errors import InputError
-
-# The safetensors library refuses larger headers.
-MAX_HEADER_BYTES = 100_000_000
 
 # Bits of one element. F4 and F6 are packed: a tensor of them must still fill whole bytes.
 DTYPE_BITS = {
@@ -102,19 +101,19 @@ def read_header(path: Path) -> Header:
         InputError: the file cannot be read, is truncated, or is not a valid safetensors file.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
                 raise _invalid(path, "a safetensors file of at least 8 bytes", f"{size} bytes", _DAMAGED)
-            if length > MAX_HEADER_BYTES:
-                raise _invalid(path, f"a header of at most {MAX_HEADER_BYTES} bytes", f"{length}", _DAMAGED)
+            if length > MAX_BYTES:
+                raise _invalid(path, f"a header of at most {MAX_BYTES} bytes", f"{length}", _DAMAGED)
             if 8 + length > size:
                 raise _invalid(path, f"a header of {length} bytes", f"a file of {size} bytes", _DAMAGED)
             raw = file.read(length)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise cannot_read(path, error) from error
     return parse_header(raw, size, path)
 
 
@@ -172,24 +171,11 @@ def encode_header(
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _invalid(path, "every name once in the header", f"{_short(twice)} twice", _DAMAGED)
-        return entries
-
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        # Lone surrogates are JSON but not text: such a name could not be written again.
-        json.dumps(entries, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        return parse_object(raw)
+    except ValueError as error:
         found = f"something else ({type(error).__name__}: {error})"
         raise _invalid(path, "a header in JSON", found, f"is it a safetensors file? If it is, {_DAMAGED}") from error
-    if not isinstance(entries, dict):
-        raise _invalid(path, "a JSON object as header", _short(entries), _DAMAGED)
-    return entries
 
 
 def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:

@@ -3,14 +3,13 @@
 * One file (`model.safetensors`), or shards with an index (`model.safetensors.index.json`).
 * What the index, the headers and the files say must agree; what does not is an `InputError` before any work is done.
 * Nothing is mapped and nothing large is read: tensors are known by their byte offsets, and read when asked for.
-* Files that are links are followed (the hub's cache is made of links to blobs), but a name in the index must be a plain
-  file name: an index cannot point out of the folder.
+* A name in the index must be a plain file name, and a link must stay in the folder (or in the blobs of a snapshot of
+  the hub's cache): a checkpoint cannot point out of its folder.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from flashnorm.checkpoint.header import TORCH_DTYPES, Header, TensorInfo, read_header
+from flashnorm.checkpoint.source_files import cannot_read, check_inside, check_names_differ, open_file, status_of_file
+from flashnorm.checkpoint.strict_json import MAX_BYTES, parse_object
 from flashnorm.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
@@ -27,19 +28,21 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True)
 class FileState:
-    """Enough of `stat` to notice that a file was replaced or written to. `mtime_ns` in nanoseconds."""
+    """Enough of `stat` to notice that a file was replaced or written to. Times in nanoseconds.
+
+    The time of the last change of the file's status cannot be set back, as that of its content can.
+    """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
+    inode: int
 
     @staticmethod
     def of(path: Path) -> "FileState":
-        """The state of a file, or of the file that a link leads to. Raises `InputError` if there is none."""
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-        return FileState(stat.st_size, stat.st_mtime_ns)
+        """The state of a file, or of the file that a link leads to. Raises `InputError` if there is no such file."""
+        stat = status_of_file(path)
+        return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Checkpoint:
         headers: file name -> header, for every safetensors file of the model, in order of their names.
         tensors: tensor name -> dtype, shape and place in a file, in the order of the files and of their bytes.
         index: the parsed index, None for a single file.
-        states: file name -> its size and time when it was opened, for config, index and safetensors files.
+        states: file name -> its state when it was opened, for config, index and safetensors files.
     """
 
     folder: Path
@@ -70,14 +73,17 @@ class Checkpoint:
             InputError: it is no checkpoint in safetensors format, or a damaged or incomplete one.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            found = "a file" if folder.exists() else "nothing"
+        if not os.path.isdir(folder):
+            found = "a file" if os.path.exists(folder) else "nothing"
             raise InputError(f"{folder}: expected a folder with config.json and safetensors files, found {found}")
+        described = [name for name in (CONFIG_FILE, INDEX_FILE) if os.path.lexists(folder / name)]
+        states = _states(folder, described)
         config = read_json(folder / CONFIG_FILE, "a checkpoint has one; fetch the whole repository")
         index = _read_index(folder)
         files = [SINGLE_FILE] if index is None else sorted(set(index["weight_map"].values()))
-        read = [CONFIG_FILE, *files] if index is None else [CONFIG_FILE, INDEX_FILE, *files]
-        states = {name: FileState.of(folder / name) for name in read}
+        if index is None:
+            states.pop(INDEX_FILE, None)
+        states |= _states(folder, files)
         headers = {name: read_header(folder / name) for name in files}
         tensors: dict[str, TensorInfo] = {}
         for name, header in headers.items():
@@ -138,6 +144,10 @@ class Checkpoint:
                 rows = [self._read(info.file, start, count * size) for start in starts]
                 yield _as_tensor(bytearray(b"".join(rows)), dtype, (inputs, count)).T
 
+    def with_states_of(self, names: list[str]) -> "Checkpoint":
+        """The same checkpoint, watching more files of its folder. Raises `InputError` if one cannot be read."""
+        return replace(self, states=self.states | _states(self.folder, names))
+
     def check_unchanged(self) -> None:
         """Raise `InputError` if one of the files was replaced or written to since it was opened."""
         for name, state in self.states.items():
@@ -160,38 +170,46 @@ class Checkpoint:
         path = self.folder / file
         data = bytearray(nbytes)
         try:
-            with path.open("rb", buffering=0) as handle:
+            with open_file(path) as handle:
                 handle.seek(start)
                 view = memoryview(data)
                 while view and (count := handle.readinto(view)):
                     view = view[count:]
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise cannot_read(path, error) from error
         if view:
             raise InputError(f"{path}: expected {start + nbytes} bytes, found the file shorter; fetch it again")
         return data
 
 
+def _states(folder: Path, names: list[str]) -> dict[str, FileState]:
+    """The states of files, which must be in the folder."""
+    for name in names:
+        check_inside(folder, name)
+    return {name: FileState.of(folder / name) for name in names}
+
+
 def read_json(path: Path, remedy: str = "fetch the file again") -> dict[str, Any]:
     """Read a JSON object from a file. Raises `InputError` if there is none; `remedy` says what to do then."""
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: expected a JSON file, found none; {remedy}")
     try:
-        data = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise InputError(f"{path}: expected a JSON file of at most {MAX_BYTES} bytes, found {size}; {remedy}")
+            return parse_object(file.read(size))
     except OSError as error:
-        raise InputError(
-            f"{path}: expected a JSON file, cannot read it ({error.strerror or error}); {remedy}"
-        ) from error
-    except (ValueError, RecursionError) as error:
+        raise cannot_read(path, error) from error
+    except ValueError as error:
         raise InputError(f"{path}: expected JSON, found something else ({error}); {remedy}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}; {remedy}")
-    return data
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
     """The index, its file names checked; None for a single file. As in Transformers, a single file comes first."""
     path = folder / INDEX_FILE
-    single = (folder / SINGLE_FILE).exists()
-    if not path.exists():
+    single = os.path.lexists(folder / SINGLE_FILE)
+    if not os.path.lexists(path):
         if not single:
             raise _no_weights(folder)
         return None
@@ -199,17 +217,20 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: expected weight_map (tensor name to file name), found none; fetch the file again")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise InputError(f"{path}: expected metadata as an object, found something else; fetch the file again")
     if single and set(map(str, weight_map.values())) != {SINGLE_FILE}:
         # Left over from shards that were merged into the single file.
         return None
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_name(name):
             raise InputError(
-                f"{path}: expected the name of a safetensors file in the same folder for {tensor}, found {name!r}; "
-                "this index is not to be trusted"
+                f"{path}: expected the name of a safetensors file in the same folder for {tensor}, found "
+                f"{repr(name)[:200]}; this index is not to be trusted"
             )
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+    check_names_differ(folder, names)
+    missing = [name for name in names if not os.path.lexists(folder / name)]
     if missing:
         raise InputError(
             f"{path}: expected {len(names)} files, {len(missing)} missing: {_some(missing)}; fetch what is missing"
@@ -218,7 +239,10 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
 
 
 def _no_weights(folder: Path) -> InputError:
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise cannot_read(folder, error) from error
     safetensors = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickles and not safetensors:

@@ -4,18 +4,21 @@
 * Other formats of the same weights are not taken along: they would be the source's, not the output's.
 """
 
+import copy
 import fnmatch
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flashnorm.checkpoint.header import TensorInfo
 from flashnorm.checkpoint.names import CheckpointPlan
 from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.checkpoint.source_files import cannot_read, check_inside, open_file, status_of
 from flashnorm.checkpoint.state import CONFIG_KEY, CONFIG_VERSION
 from flashnorm.errors import InputError
 
@@ -32,31 +35,41 @@ def copied_files(checkpoint: Checkpoint) -> list[str]:
     """The files to copy byte for byte, as paths relative to the folder.
 
     Raises:
-        InputError: a link that leads nowhere.
+        InputError: a link that leads nowhere or out of the folder, a folder that is a link, or one that cannot be read.
     """
     return sorted(_copied_files(checkpoint))
 
 
 def _copied_files(checkpoint: Checkpoint) -> Iterator[str]:
     changed = {CONFIG_FILE, INDEX_FILE, CARD_FILE, MANIFEST_FILE, *checkpoint.headers}
-    for folder, folders, files in os.walk(checkpoint.folder):
+    for folder, folders, files in os.walk(checkpoint.folder, onerror=_raise):
         top = Path(folder) == checkpoint.folder
         if top:
             folders[:] = [name for name in folders if name not in (*OTHER_FOLDERS, *TOOL_FOLDERS)]
             files = [name for name in files if name not in changed and not _matches(name, OTHER_WEIGHTS)]
+        for name in folders:
+            if (path := Path(folder) / name).is_symlink():
+                raise InputError(f"{path}: expected a folder, found a link to one; put a copy in its place")
         for name in files:
             path = Path(folder) / name
-            if path.is_symlink() and not path.exists():
+            if path.is_symlink() and not os.path.exists(path):
                 raise InputError(f"{path}: expected a file, found a dangling link; fetch it again, or remove it")
             # No sockets, pipes or devices.
-            if path.is_file():
-                yield path.relative_to(checkpoint.folder).as_posix()
+            if stat.S_ISREG(status_of(path).st_mode):
+                relative = path.relative_to(checkpoint.folder).as_posix()
+                check_inside(checkpoint.folder, relative)
+                yield relative
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise cannot_read(Path(error.filename), error) from error
 
 
 def updated_config(checkpoint: Checkpoint, names: CheckpointPlan) -> bytes:
     """config.json with the keys that say what was done; and with the head untied, if it was."""
-    text = (checkpoint.folder / CONFIG_FILE).read_text(encoding="utf-8")
-    config = json.loads(text)
+    with open_file(checkpoint.folder / CONFIG_FILE) as file:
+        ascii_only = file.read().isascii()
+    config = copy.deepcopy(checkpoint.config)
     if names.untied:
         config["tie_word_embeddings"] = False
         part = config.get("text_config")
@@ -64,7 +77,7 @@ def updated_config(checkpoint: Checkpoint, names: CheckpointPlan) -> bytes:
             part["tie_word_embeddings"] = False
     config["flash_norm"] = True
     config[CONFIG_KEY] = {"version": CONFIG_VERSION, "weightless": sorted(names.norms)}
-    return to_json(config, ascii_only=text.isascii())
+    return to_json(config, ascii_only=ascii_only)
 
 
 def updated_index(checkpoint: Checkpoint, outputs: Mapping[str, list[tuple[str, TensorInfo]]]) -> bytes:

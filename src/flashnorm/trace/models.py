@@ -5,14 +5,21 @@
 """
 
 import copy
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from flashnorm.checkpoint.reader import CONFIG_FILE, read_json
+from flashnorm.checkpoint.source_files import check_inside
 from flashnorm.errors import InputError, brief
 from flashnorm.hub import check_source
 
@@ -25,6 +32,9 @@ _AUTO_CLASSES = (
     transformers.AutoModel,
 )
 
+# More than any model has; built in half a minute.
+MAX_MODULES = 200_000
+
 _META = torch.device("meta")
 
 
@@ -36,17 +46,42 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
     """
     check_source(source)
     path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if os.path.isdir(path) and not os.path.lexists(path / CONFIG_FILE):
         raise InputError(f"{path}: expected a model's folder, found no config.json in it")
+    if os.path.exists(path):
+        _check_file(path / CONFIG_FILE if os.path.isdir(path) else path)
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config can hold, and whatever its class makes of it
-        where = path / "config.json" if path.is_dir() else source
+        where = path / CONFIG_FILE if os.path.isdir(path) else source
         raise InputError(
             f"{where}: expected the config of an architecture that transformers {transformers.__version__} knows, "
             f"found something else: {brief(error)} (a newer transformers may know it; code from the checkpoint "
             "itself is run with --trust-remote-code only)"
         ) from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what `checkpoint.reader` would refuse as well, before Transformers reads the file."""
+    check_inside(path.parent, path.name)
+    config = read_json(path, "fetch the whole repository")
+    if "configuration_files" in config:
+        raise InputError(
+            f"{path}: expected one config for all releases of transformers, found configuration_files, which names "
+            "others; remove that key"
+        )
+    # Config classes make a list of that length.
+    for key, count in _numbers_of_layers(config):
+        if count > MAX_MODULES:
+            raise InputError(f"{path}: expected at most {MAX_MODULES} layers, found {key} = {count}; is it damaged?")
+
+
+def _numbers_of_layers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers_of_layers(value)
+        elif isinstance(value, int) and "layer" in key:
+            yield key, value
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -90,7 +125,7 @@ def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code:
                 f"expected a model whose output head can be untied, found {config.model_type}, which ties it whatever "
                 "its config says; leave out --untie"
             )
-        with _META:
+        with _META, _limited_size():
             if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
             else:
@@ -103,6 +138,26 @@ def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code:
             f"{config.model_type} fails: {type(error).__name__}: {error}"
         ) from error
     return model.eval()
+
+
+@contextmanager
+def _limited_size() -> Iterator[None]:
+    """Stop the building of a model that has more modules than any model has: its config is damaged, or an attack."""
+    thread, modules = threading.get_ident(), 0
+
+    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal modules
+        modules += threading.get_ident() == thread
+        if modules > MAX_MODULES:
+            raise InputError(
+                f"expected the config of a model of at most {MAX_MODULES} modules, found more; is config.json damaged?"
+            )
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def on_meta(tensor: Tensor) -> Tensor:
