@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,20 @@ def test_verify_equal_and_different(source: Path, converted: Path) -> None:
     finally:
         data[-1] ^= 1
         file.write_bytes(data)
+
+
+def test_verify_a_converted_folder_alone(source: Path, converted: Path, tmp_path: Path) -> None:
+    whole = run("verify", converted, "--weights-only")
+    assert (whole.returncode, whole.stderr) == (0, "")
+    assert "not known without the source" in whole.stdout
+    damaged = shutil.copytree(converted, tmp_path / "damaged")
+    (damaged / "config.json").write_bytes((converted / "config.json").read_bytes() + b"\n")
+    different = run("verify", damaged, "--weights-only", "--json")
+    assert (different.returncode, different.stderr) == (1, "")
+    (finding,) = json.loads(different.stdout)["findings"]
+    assert (finding["name"], finding["problem"]) == ("config.json", "has another size than flashnorm.json says")
+    assert_refused(run("verify", source, "--weights-only"), "expected flashnorm.json")
+    assert_refused(run("verify", converted), "--weights-only")
 
 
 def test_convert_says_what_it_did_as_json(source: Path, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from flashnorm.planning import plan
 from flashnorm.runtime.in_memory import fold_
 from flashnorm.runtime.load import load
 from flashnorm.runtime.optimize import optimize
-from flashnorm.verify import VerifyReport, verify
+from flashnorm.verify import IntegrityReport, VerifyReport, verify
 
 __all__ = [
     "ConvertResult",
     "Fold",
     "FoldPlan",
     "InputError",
+    "IntegrityReport",
     "Kept",
     "Linear",
     "VerifyReport",

@@ -111,17 +111,26 @@ def convert(
 @app.command()
 def verify(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that `convert` wrote.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT",
+            help="The folder that `convert` wrote. Without it, --weights-only checks MODEL as such a folder.",
+        ),
+    ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not run the models.")] = False,
     text: Annotated[Path | None, typer.Option("--text", help="A text file to compare the outputs on.")] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check a conversion: weights bit for bit, outputs against a float64 oracle. Exit status 1 if they differ."""
+    """Check a conversion: weights bit for bit, outputs against a float64 oracle. Exit status 1 if they differ.
+
+    A converted folder alone is checked against its manifest and its model's code.
+    """
     from flashnorm.progress import progress_bar
     from flashnorm.verify import verify as run
 
-    with progress_bar("comparing weights") as bar:
+    with progress_bar("comparing weights" if out else "hashing files") as bar:
         report = run(
             model,
             out,

@@ -25,6 +25,7 @@ from flashnorm.checkpoint.shard import output_header, output_tensors, shard_piec
 from flashnorm.checkpoint.small_files import (
     CARD_FILE,
     MANIFEST_FILE,
+    MANIFEST_VERSION,
     copied_files,
     hub_identity,
     to_json,
@@ -45,8 +46,6 @@ from flashnorm.errors import InputError
 from flashnorm.hub import local_folder
 from flashnorm.plan import FoldPlan
 from flashnorm.planning import plan_checkpoint
-
-MANIFEST_VERSION = 1
 
 # Called with the bytes of weights that are written so far, and in all.
 ProgressCallback = Callable[[int, int], object]

@@ -146,14 +146,14 @@ class FoldPlan:
                 Fold(
                     norm=str(fold["norm"]),
                     offset=float(fold["offset"]),
-                    bias=fold["bias"],
+                    bias=_name_or_none(fold["bias"]),
                     linears=tuple(_linear_from_dict(linear) for linear in fold["linears"]),
                 )
                 for fold in data["folds"]
             )
             kept = {str(name): Kept(**reason) for name, reason in data["kept"].items()}
             return FoldPlan(model_type=str(data["model_type"]), folds=folds, kept=kept)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"expected a fold plan, found something else ({type(error).__name__}: {error})") from error
 
     @staticmethod
@@ -217,7 +217,15 @@ def _linear_to_dict(linear: Linear) -> dict[str, Any]:
 
 def _linear_from_dict(data: Mapping[str, Any]) -> Linear:
     segments = tuple((int(a), int(g), int(n)) for a, g, n in data.get("segments", ()))
-    return Linear(name=str(data["name"]), axis=int(data["axis"]), segments=segments, bias=data.get("bias"))
+    return Linear(
+        name=str(data["name"]), axis=int(data["axis"]), segments=segments, bias=_name_or_none(data.get("bias"))
+    )
+
+
+def _name_or_none(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"a bias named {value!r}")
+    return value
 
 
 def _pattern(name: str) -> str:

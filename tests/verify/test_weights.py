@@ -16,6 +16,8 @@ from torch import Tensor
 from toy_checkpoints import TWO_SHARDS_FOLDS, Converted, two_shards
 
 from flashnorm.checkpoint.names import CheckpointPlan, GainUse, TensorFold
+from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.convert import convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.verify import tensors as tensors_module
 from flashnorm.verify.findings import Finding
@@ -230,6 +232,21 @@ def test_files_of_tools_do_no_harm(convert: Convert) -> None:
     (converted.folder / ".git").mkdir()
     (converted.folder / ".git" / "HEAD").write_text("ref")
     assert converted.verify().ok
+
+
+def test_what_is_below_the_top_is_copied_and_found(convert: Convert) -> None:
+    """A folder named like a tool's is one at the top only; links to folders are not followed."""
+    converted = convert(two_shards(), TWO_SHARDS_FOLDS)
+    inner = converted.source / "assets" / ".cache"
+    inner.mkdir(parents=True)
+    (inner / "words.txt").write_text("a b")
+    (converted.source / "link").symlink_to(inner)
+    convert_checkpoint(Checkpoint.open(converted.source), converted.plan, converted.names, converted.folder, force=True)
+    assert converted.verify().ok
+    assert (converted.folder / "assets" / ".cache" / "words.txt").read_text() == "a b"
+    (converted.folder / "link").symlink_to(inner)
+    problems = [str(finding) for finding in converted.verify().findings]
+    assert problems == ["file link: is not in the source", "manifest flashnorm.json: does not list link"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from types import TracebackType
@@ -158,13 +158,25 @@ class DirectWriter:
         os.close(self._handle)
 
 
-def sha256_of(path: Path, limit: int = 1 << 23) -> str:
-    """SHA-256 of a file, as hexadecimal text. Raises `InputError` if it cannot be read."""
+def sha256_of(path: Path, limit: int = 1 << 23, advance: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file, as hexadecimal text.
+
+    Args:
+        path: the file.
+        limit: bytes to read at a time.
+        advance: called with the number of bytes that were hashed since the last call.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     digest = hashlib.sha256()
     ring = buffers(1, limit)
     with DirectReader(path) as file:
         for start in range(0, file.size, limit):
-            digest.update(file.read(start, min(limit, file.size - start), next(ring)))
+            part = file.read(start, min(limit, file.size - start), next(ring))
+            digest.update(part)
+            if advance is not None:
+                advance(part.nbytes)
     return digest.hexdigest()
 
 

@@ -153,6 +153,11 @@ class StoredNames:
                 missing += [name for name in sizes if name not in self._present]
         return sorted(name for name in missing if not any(re.search(pattern, name) for pattern in self._optional))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape that the model's code expects of each tensor that holds a parameter, or a part of one."""
+        views = [view for stored in self._views.values() for view in stored.items()]
+        return {name: view.stored_shape for name, view in views if view.shape}
+
     def unread(self) -> list[str]:
         """The checkpoint's tensors that the model's code does not know (a multi-token-prediction head, say)."""
         return sorted(set(self._present) - self._known)

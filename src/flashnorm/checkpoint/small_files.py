@@ -24,6 +24,7 @@ from flashnorm.errors import InputError
 
 CARD_FILE = "README.md"
 MANIFEST_FILE = "flashnorm.json"
+MANIFEST_VERSION = 1
 
 # At the top of the folder. Below it, weights belong to something else (an adapter, a pooling layer) and are copied.
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.index.json")

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -275,9 +275,9 @@ def copy_file(source: Path, path: Path) -> FileRecord:
     return FileRecord(digest.hexdigest(), size)
 
 
-def file_record(path: Path) -> FileRecord:
-    """Hash and size of a file. Raises `InputError` if it cannot be read."""
-    return FileRecord(sha256_of(path), status_of(path).st_size)
+def file_record(path: Path, advance: Callable[[int], object] | None = None) -> FileRecord:
+    """Hash and size of a file; `advance` as for `sha256_of`. Raises `InputError` if it cannot be read."""
+    return FileRecord(sha256_of(path, advance=advance), status_of(path).st_size)
 
 
 def sync_folder(folder: Path) -> None:

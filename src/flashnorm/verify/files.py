@@ -6,19 +6,20 @@
 """
 
 import copy
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flashnorm.checkpoint.direct_io import sha256_of
 from flashnorm.checkpoint.names import CheckpointPlan
-from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, read_json
-from flashnorm.checkpoint.small_files import CARD_FILE, MANIFEST_FILE, TOOL_FOLDERS, copied_files
+from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.checkpoint.small_files import CARD_FILE, MANIFEST_FILE, copied_files
 from flashnorm.checkpoint.state import CONFIG_VERSION
+from flashnorm.checkpoint.writer import FileRecord, file_record
 from flashnorm.errors import InputError
 from flashnorm.plan import FoldPlan
 from flashnorm.verify.findings import Finding, Findings
+from flashnorm.verify.manifest import Manifest, folder_records, names_in
 
 
 def check_files(
@@ -42,15 +43,11 @@ def check_files(
         How many files have the hash that the manifest gives.
     """
     _check_config(original, result, names, findings)
-    _check_index(result, findings)
+    check_index(result, findings)
     copies = set(copied_files(original))
-    hashes = dict(result_hashes)
-    for name in _files(result.folder):
-        # What tools and systems put into folders (.gitattributes, .DS_Store) matters only if it is the source's.
-        if name not in hashes and (name in copies or not _is_hidden(name)):
-            hashes[name] = sha256_of(result.folder / name)
-    _check_copies(original, result, copies, hashes, findings)
-    return _check_manifest(original, result, names, plan, source_hashes, hashes, findings)
+    records = folder_records(result.folder, copies, result_hashes)
+    _check_copies(original, result, copies, records, findings)
+    return _check_manifest(original, result, names, plan, source_hashes, records, findings)
 
 
 def _check_config(original: Checkpoint, result: Checkpoint, names: CheckpointPlan, findings: Findings) -> None:
@@ -73,7 +70,8 @@ def _check_config(original: Checkpoint, result: Checkpoint, names: CheckpointPla
             findings.add(Finding("config", CONFIG_FILE, problem, stored=_short(a), expected=_short(b)))
 
 
-def _check_index(result: Checkpoint, findings: Findings) -> None:
+def check_index(result: Checkpoint, findings: Findings) -> None:
+    """Report an index with another total size than that of the tensors."""
     if result.index is None:
         return
     # That its names and files agree with the shards was checked on opening.
@@ -85,15 +83,19 @@ def _check_index(result: Checkpoint, findings: Findings) -> None:
 
 
 def _check_copies(
-    original: Checkpoint, result: Checkpoint, copies: set[str], hashes: Mapping[str, str], findings: Findings
+    original: Checkpoint,
+    result: Checkpoint,
+    copies: set[str],
+    records: Mapping[str, FileRecord],
+    findings: Findings,
 ) -> None:
-    for name in sorted(copies - hashes.keys()):
+    for name in sorted(copies - records.keys()):
         findings.add(Finding("file", name, "was not copied"))
-    for name in sorted(copies & hashes.keys()):
-        if sha256_of(original.folder / name) != hashes[name]:
+    for name in sorted(copies & records.keys()):
+        if file_record(original.folder / name) != records[name]:
             findings.add(Finding("file", name, "is not the source's, byte for byte"))
     ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, CARD_FILE, *result.headers}
-    for name in sorted(hashes.keys() - copies - ours):
+    for name in sorted(records.keys() - copies - ours):
         findings.add(Finding("file", name, "is not in the source"))
     card = original.folder / CARD_FILE
     if card.is_file():
@@ -110,65 +112,28 @@ def _check_manifest(
     names: CheckpointPlan,
     plan: FoldPlan | None,
     source_hashes: Mapping[str, str],
-    hashes: Mapping[str, str],
+    records: Mapping[str, FileRecord],
     findings: Findings,
 ) -> int:
     try:
-        manifest = read_json(result.folder / MANIFEST_FILE)
-        listed = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
-        sources = {str(name): entry["sha256"] for name, entry in manifest["source"]["files"].items()}
-        planned = FoldPlan.from_dict(manifest["plan"])
-        options = dict(manifest["options"])
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-        findings.add(Finding("manifest", MANIFEST_FILE, f"cannot be read ({type(error).__name__}: {error})"))
+        manifest = Manifest.read(result.folder)
+    except InputError as error:
+        findings.add(Finding("manifest", MANIFEST_FILE, f"cannot be read ({error})"))
         return 0
-    found = {name: (digest, (result.folder / name).stat().st_size) for name, digest in hashes.items()}
-    found.pop(MANIFEST_FILE, None)  # it cannot hold its own hash
-    for name in sorted(listed.keys() - found.keys()):
-        findings.add(Finding("manifest", MANIFEST_FILE, f"lists {name}, which is not there"))
-    for name in sorted(found.keys() - listed.keys()):
-        findings.add(Finding("manifest", MANIFEST_FILE, f"does not list {name}"))
-    right = 0
-    for name in sorted(found.keys() & listed.keys()):
-        if found[name] == listed[name]:
-            right += 1
-            continue
-        what = "size" if found[name][1] != listed[name][1] else "SHA-256"
-        stored, expected = (str(entry[what == "size"]) for entry in (found[name], listed[name]))
-        findings.add(
-            Finding("file", name, f"has another {what} than {MANIFEST_FILE} says", stored=stored, expected=expected)
-        )
-    for name, digest in sources.items():
+    right = manifest.check_files(records, findings)
+    there = set(names_in(original.folder))
+    for name, listed in manifest.source_files.items():
         path = original.folder / name
-        actual = source_hashes.get(name) or (sha256_of(path) if path.is_file() else "no such file")
-        if actual != digest:
+        hashed = source_hashes.get(name) or (sha256_of(path) if name in there and path.is_file() else "no such file")
+        if hashed != listed.sha256:
             problem = f"was made from another {name} than the source's"
-            findings.add(Finding("manifest", MANIFEST_FILE, problem, stored=digest, expected=actual))
-    for name in source_hashes.keys() - sources.keys():
+            findings.add(Finding("manifest", MANIFEST_FILE, problem, stored=listed.sha256, expected=hashed))
+    for name in source_hashes.keys() - manifest.source_files.keys():
         findings.add(Finding("manifest", MANIFEST_FILE, f"does not list the source's {name}"))
-    # Why a norm is kept names a line of the model's code, which changes with releases: only the folds must agree.
-    if plan is not None and set(planned.folds) != set(plan.folds):
-        odd = next(iter(set(planned.folds) ^ set(plan.folds))).norm
-        findings.add(Finding("manifest", MANIFEST_FILE, f"holds another plan than a fresh one, e.g. for {odd}"))
-    optional = names.norms.keys() - set(names.spelled_out)  # if there is none, keeping norms makes no difference
-    keeps = bool(optional & result.tensors.keys()) if optional or not options else options.get("keep_norms")
-    did = {"keep_norms": keeps, "untie": bool(names.untied)}
-    if options != did:
-        problem = "names other options than were used"
-        findings.add(Finding("manifest", MANIFEST_FILE, problem, stored=str(options), expected=str(did)))
+    if plan is not None:
+        manifest.check_plan(plan, findings)
+    manifest.check_options(result, names, bool(names.untied), findings)
     return right
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """The files of a folder and its subfolders, as relative names with slashes."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in TOOL_FOLDERS]
-        for name in files:
-            yield (Path(root) / name).relative_to(folder).as_posix()
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _without_front_matter(card: Path) -> str:

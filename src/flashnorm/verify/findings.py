@@ -10,8 +10,8 @@ class Finding:
     """One thing that is not as it must be.
 
     Attributes:
-        kind: "tensor", "file", "config", "index" or "manifest".
-        name: of the tensor or file.
+        kind: "tensor", "file", "config", "index", "manifest" or "checkpoint".
+        name: of the tensor, file or folder.
         problem: what is wrong, in a few words.
         index: of the first differing element of a tensor, one number per axis.
         stored, expected: what is there and what should be, as text (numbers with their bit pattern).

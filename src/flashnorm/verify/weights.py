@@ -98,7 +98,7 @@ def verify_weights(
     original, result = Checkpoint.open(source), Checkpoint.open(converted)
     findings = Findings(PROBLEMS_IN_FULL)
     pairs = _pairs(original, result, names, findings)
-    norms = _check_norms(original, result, names, findings)
+    norms = check_norms(result, names, findings, original)
     wrong: set[str] = set()
 
     def report(finding: Finding) -> None:
@@ -152,8 +152,20 @@ def _unknown(original: Checkpoint, dtype: str, norms: Iterable[str]) -> str | No
     return next((dtype for dtype in dtypes if dtype not in FORMATS), None)
 
 
-def _check_norms(original: Checkpoint, result: Checkpoint, names: CheckpointPlan, findings: Findings) -> int:
-    """Folded norms are absent, or all are there at the value by which the module multiplies by one."""
+def check_norms(
+    result: Checkpoint, names: CheckpointPlan, findings: Findings, original: Checkpoint | None = None
+) -> int:
+    """Folded norms are absent, or all are there at the value by which the module multiplies by one.
+
+    Args:
+        result: the converted checkpoint.
+        names: what folds into what.
+        findings: takes what is wrong.
+        original: the source, where it is there to say dtype and shape.
+
+    Returns:
+        How many are right.
+    """
     present = {name: one for name, one in names.norms.items() if name in result.tensors}
     if len(present) < len(names.norms) and present.keys() != set(names.spelled_out):
         missing = next(name for name in names.norms if name not in present)
@@ -161,7 +173,8 @@ def _check_norms(original: Checkpoint, result: Checkpoint, names: CheckpointPlan
         findings.add(Finding("tensor", missing, problem))
     right = len(names.norms) - len(present)
     for name, one in present.items():
-        info, source = result.tensors[name], original.tensors[name]
+        info = result.tensors[name]
+        source = info if original is None else original.tensors[name]
         if (info.dtype, info.shape) != (source.dtype, source.shape) or info.dtype not in FORMATS:
             found, wanted = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (info, source))
             findings.add(Finding("tensor", name, "has another dtype or shape", stored=found, expected=wanted))

@@ -1,0 +1,241 @@
+"""Checks a converted folder without its source: is it whole, and is it what its manifest and its model's code say?
+
+* Every file has the size and hash that flashnorm.json gives; the plan in it is the one that the model's code gives now.
+* Config, index and tensors are those of that plan: names, shapes, which norms left, and the rest at identity.
+* What cannot be known without the source is part of the report: see `UNKNOWN`.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from flashnorm.checkpoint.direct_io import sha256_of
+from flashnorm.checkpoint.names import CheckpointPlan, StoredNames
+from flashnorm.checkpoint.reader import CONFIG_FILE, Checkpoint
+from flashnorm.checkpoint.small_files import MANIFEST_FILE
+from flashnorm.checkpoint.state import listed_norms
+from flashnorm.errors import InputError
+from flashnorm.hub import local_folder
+from flashnorm.planning import plan_checkpoint
+from flashnorm.trace.models import load_config, meta_model
+from flashnorm.verify.files import check_index
+from flashnorm.verify.findings import Finding, Findings
+from flashnorm.verify.manifest import Manifest, folder_records, names_in
+from flashnorm.verify.weights import PROBLEMS_IN_FULL, check_norms
+
+REPORT_VERSION = 1
+
+UNKNOWN = (
+    "whether the folded weights are the products of the source's: that takes the source (flashnorm verify MODEL OUT)",
+    f"whether the source is the one that {MANIFEST_FILE} names: compare these hashes with files that you trust",
+    f"whether {MANIFEST_FILE} is as it was written: it is not signed; compare its SHA-256 with what the publisher says",
+    "what the model computes: outputs are compared with the source's only",
+)
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class IntegrityReport:
+    """What a converted folder says about itself, and what is wrong with that.
+
+    Attributes:
+        converted: the folder.
+        manifest: what its flashnorm.json says, the source among it.
+        manifest_sha256: SHA-256 of flashnorm.json itself, in hexadecimal.
+        files: files that are as the manifest lists them.
+        nbytes: size of all files that were hashed.
+        tensors: tensors with the shape that the model's code expects.
+        unread: tensors that the model's code does not read; nothing is known about them but their hash.
+        norms: norm tensors that left the checkpoint, or that are kept at their identity value.
+        seconds: that it took.
+        findings: what is wrong, at most `PROBLEMS_IN_FULL` of them.
+        problems: how many there are in all.
+    """
+
+    converted: str
+    manifest: Manifest
+    manifest_sha256: str
+    files: int
+    nbytes: int
+    tensors: int
+    unread: int
+    norms: int
+    seconds: float
+    findings: tuple[Finding, ...]
+    problems: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong, as far as that can be known without the source: see `UNKNOWN`."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        manifest = self.manifest
+        source_files = {name: asdict(record) for name, record in manifest.source_files.items()}
+        return {
+            "version": REPORT_VERSION,
+            "ok": self.ok,
+            "converted": self.converted,
+            "manifest": {"sha256": self.manifest_sha256, "flashnorm_version": manifest.flashnorm_version},
+            "claimed_source": {"id": manifest.source_id, "revision": manifest.revision, "files": source_files},
+            "files": self.files,
+            "bytes": self.nbytes,
+            "tensors": self.tensors,
+            "unread": self.unread,
+            "norms": self.norms,
+            "seconds": self.seconds,
+            "problems": self.problems,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "unknown": list(UNKNOWN),
+        }
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def __rich__(self) -> RenderableType:
+        manifest = self.manifest
+        unread = f" ({self.unread} of them it does not read)" if self.unread else ""
+        verdict = "is whole, and" if self.ok else "is NOT"
+        source = f"{manifest.source_id or 'a folder'}{f' at {manifest.revision}' if manifest.revision else ''}"
+        return Group(
+            _line(
+                self.ok,
+                f"{self.files} files have their hash, {self.tensors} tensors fit the model's code{unread}, "
+                f"{self.norms} norm tensors left ({self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s)",
+            ),
+            *(Text(f"  {finding}") for finding in self.findings[:_SHOWN]),
+            *([Text(f"  and {self.problems - _SHOWN} more")] if self.problems > _SHOWN else []),
+            Text(f"  {MANIFEST_FILE} (SHA-256 {self.manifest_sha256})"),
+            Text(f"  says that flashnorm {manifest.flashnorm_version} made this from {source}, with these files:"),
+            *(Text(f"    {file.sha256}  {name}") for name, file in list(manifest.source_files.items())[:_SHOWN]),
+            *([Text("    and more: see --json")] if len(manifest.source_files) > _SHOWN else []),
+            Text("  not known without the source:"),
+            *(Text(f"  - {what}") for what in UNKNOWN),
+            _line(
+                self.ok,
+                f"[bold]{escape(self.converted)} {verdict} what its {MANIFEST_FILE} and its model's code say[/bold]",
+            ),
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self, highlight=False)
+        return capture.get()
+
+
+def verify_integrity(
+    converted: str | Path,
+    *,
+    progress: Callable[[int, int], object] | None = None,
+    trust_remote_code: bool = False,
+) -> IntegrityReport:
+    """Check a converted checkpoint without its source.
+
+    Args:
+        converted: a folder that `convert` wrote, or its hub id.
+        progress: called with the bytes hashed so far, and in all.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+
+    Raises:
+        InputError: there is no manifest, or the files are as it says and still no checkpoint of a model that can be
+            planned.
+    """
+    started = time.monotonic()
+    folder = local_folder(converted)
+    if not (folder / MANIFEST_FILE).is_file():
+        raise InputError(
+            f"{folder}: expected {MANIFEST_FILE}, which `flashnorm convert` writes, found none: this folder does not "
+            "say what it was made of; give its source as well (flashnorm verify MODEL OUT), or convert the source again"
+        )
+    manifest = Manifest.read(folder)
+    findings = Findings(PROBLEMS_IN_FULL)
+    total = sum((folder / name).stat().st_size for name in names_in(folder) if (folder / name).is_file())
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    files = manifest.check_files(folder_records(folder, manifest.files, {}, advance), findings)
+    tensors = unread = norms = 0
+    try:
+        tensors, unread, norms = _check_model(folder, manifest, trust_remote_code, findings)
+    except InputError as error:
+        if not findings.total:
+            raise
+        # A file is another one than was written, and this is what comes of it.
+        findings.add(Finding("checkpoint", folder.name, f"could not be looked at any further ({error})"))
+    return IntegrityReport(
+        converted=str(converted),
+        manifest=manifest,
+        manifest_sha256=sha256_of(folder / MANIFEST_FILE),
+        files=files,
+        nbytes=done,
+        tensors=tensors,
+        unread=unread,
+        norms=norms,
+        seconds=time.monotonic() - started,
+        findings=tuple(findings.kept),
+        problems=findings.total,
+    )
+
+
+def _check_model(folder: Path, manifest: Manifest, trust_remote_code: bool, findings: Findings) -> tuple[int, int, int]:
+    """Hold the checkpoint against a fresh plan; how many tensors fit, how many are not read, how many norms left."""
+    checkpoint = Checkpoint.open(folder)
+    plan, names = plan_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    model = meta_model(load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
+    stored = StoredNames(model, checkpoint.tensors)
+    manifest.check_plan(plan, findings)
+    check_index(checkpoint, findings)
+    absent = [name for name in stored.absent() if name not in names.norms]
+    for name in absent:
+        findings.add(Finding("tensor", name, "is missing"))
+    names = _listed(checkpoint, names, findings)
+    # That the head was tied before cannot be seen, only that it is not now.
+    untied = manifest.options.get("untie") is True and checkpoint.config.get("tie_word_embeddings") is False
+    manifest.check_options(checkpoint, names, untied, findings)
+    norms = check_norms(checkpoint, names, findings)
+    shapes, fit = stored.shapes(), 0
+    for name, info in checkpoint.tensors.items():
+        expected = shapes.get(name, info.shape)
+        if info.shape == expected:
+            fit += 1
+        else:
+            found, wanted = (str(list(shape)) for shape in (info.shape, expected))
+            problem = "has another shape than the model's code expects"
+            findings.add(Finding("tensor", name, problem, stored=found, expected=wanted))
+    return fit, len(stored.unread()), norms
+
+
+def _listed(checkpoint: Checkpoint, names: CheckpointPlan, findings: Findings) -> CheckpointPlan:
+    """The plan with the norm tensors that config.json lists: a norm of several names has one of them in the files."""
+    if checkpoint.config.get("flash_norm") is not True:
+        found = repr(checkpoint.config.get("flash_norm"))
+        findings.add(Finding("config", CONFIG_FILE, "key 'flash_norm' is not what it must be", None, found, "True"))
+    listed = listed_norms(checkpoint.config, checkpoint.folder / CONFIG_FILE)
+    if listed is None:
+        findings.add(Finding("config", CONFIG_FILE, "does not list the weightless norms"))
+        return names
+    weightless = {names.parameters.get(name, name) for name in listed}
+    if odd := weightless ^ set(names.parameters.values()):
+        problem = f"lists other weightless norms than those that fold, e.g. {min(odd)}"
+        findings.add(Finding("config", CONFIG_FILE, problem))
+    return replace(names, norms={name: names.norms[name] for name in listed if name in names.norms})
+
+
+def _line(ok: bool, markup: str) -> Text:
+    return Text.from_markup(f"{'[green]✓[/green]' if ok else '[red]✗[/red]'} {markup}")
