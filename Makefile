@@ -18,7 +18,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test test-vllm architectures sanitize lint format bench clean
+.PHONY: demo test test-vllm test-vllm-quick architectures sanitize lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
@@ -28,6 +28,9 @@ test: lint
 
 test-vllm: $(VLLM_INSTALLED)
 	@$(VLLM_VENV)/bin/python -m pytest tests/integrations
+
+test-vllm-quick: $(VLLM_INSTALLED)
+	@$(VLLM_VENV)/bin/python -m pytest tests/integrations/test_vllm.py
 
 architectures: $(INSTALLED)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ import tiny
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import smollm2 as smollm2_example
 
-WEIGHTS = "model.safetensors"
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm installs it)")
+
+Results = dict[str, dict[str, Any]]
+
+WEIGHTS, FINAL = "model.safetensors", "model.norm.weight"
 
 # vLLM's attention on the CPU has kernels for heads of 32 channels and more.
 SIZES = {"hidden_size": 128, "head_dim": 64}
@@ -90,17 +95,47 @@ def _as(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float, **environment: str) -> dict[str, dict[str, Any]]:
+def job(name: str, model: Path, **more: Any) -> dict[str, Any]:
+    """One of `vllm_jobs.py`."""
+    return {"name": name, "model": str(model), **more}
+
+
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], timeout: float, **environment: str) -> Results:
     """What `vllm_jobs.py` says of some jobs, in a process of its own; `timeout` in seconds."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("vllm_jobs.py")
     with (folder / "jobs.log").open("w") as log:
         command = [sys.executable, script, folder / "jobs.json", folder / "results.json"]
-        settings = os.environ | environment
+        settings = vllm_environment(folder) | environment
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=False, env=settings)
     results = json.loads((folder / "results.json").read_text())
     assert results.keys() == {job["name"] for job in jobs}, (folder / "jobs.log").read_text()[-3000:]
     return results
+
+
+def vllm_environment(folder: Path) -> dict[str, str]:
+    """The environment of a vLLM on two cores that keeps its caches in a folder, and tells nobody."""
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return {"VLLM_CPU_OMP_THREADS_BIND": "0-1"} | os.environ | settings
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
+    """Identical tokens, and equal log-probabilities of the best few at each."""
+    assert "error" not in expected, expected
+    assert "error" not in found, found
+    assert found["tokens"] == expected["tokens"]
+    for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
+        for at, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            shared = our.keys() & their.keys()
+            assert len(shared) >= 4, (at, our, their)  # the fifth and sixth may be equal
+            for token in shared:
+                assert our[token] == pytest.approx(their[token], abs=tolerance)
 
 
 @pytest.fixture(scope="session")

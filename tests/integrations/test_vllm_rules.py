@@ -14,7 +14,7 @@ import tiny
 from flashnorm.checkpoint.names import StoredNames
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import listed_norms
-from flashnorm.integrations import vllm as plugin
+from flashnorm.integrations.vllm import register, rules
 from flashnorm.trace.models import meta_model
 
 LAYER, FINAL = "model.layers.0.input_layernorm.weight", "model.norm.weight"
@@ -22,7 +22,7 @@ LAYER, FINAL = "model.layers.0.input_layernorm.weight", "model.norm.weight"
 
 def test_entry_point() -> None:
     (found,) = entry_points(group="vllm.general_plugins", name="flashnorm")
-    assert found.load() is plugin.register
+    assert found.load() is register
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_entry_point() -> None:
     [("0.27.0", True), ("0.32.0+cpu", True), ("1.0.0", True), ("0.26.0", False), ("0.11.0", False), ("dev", True)],
 )
 def test_versions(version: str, fits: bool) -> None:
-    why = plugin.unsupported(version)
+    why = rules.unsupported(version)
     assert (why is None) == fits
     assert fits or version in str(why)
 
@@ -50,7 +50,7 @@ def test_versions(version: str, fits: bool) -> None:
     ],
 )
 def test_names(tensor: str, parameters: list[str], found: str | None) -> None:
-    assert plugin.parameter_of(tensor, parameters) == found
+    assert rules.parameter_of(tensor, parameters) == found
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_names(tensor: str, parameters: list[str], found: str | None) -> None:
 )
 def test_other_stages_of_a_pipeline(tensor: str, elsewhere: bool) -> None:
     missing = ["model.layers.0.", "model.layers.11.", "model.norm.", "transformer.h.3."]
-    assert plugin.on_other_stage(tensor, missing) == elsewhere
+    assert rules.on_other_stage(tensor, missing) == elsewhere
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_other_stages_of_a_pipeline(tensor: str, elsewhere: bool) -> None:
     ],
 )
 def test_refusals(norms: list[str], use: dict[str, Any], word: str | None) -> None:
-    why = plugin.refusal(norms, **({"runner": "generate", "draft": None, "load_format": "auto"} | use))
+    why = rules.refusal(norms, **({"runner": "generate", "draft": None, "load_format": "auto"} | use))
     assert (why is None) if word is None else word in str(why)
 
 
@@ -101,24 +101,24 @@ def test_refusals(norms: list[str], use: dict[str, Any], word: str | None) -> No
     ],
 )
 def test_passes_that_need_a_weight(passes: dict[str, bool], compiled: bool, quantized: bool, constant: bool) -> None:
-    found = plugin.fused_with_weight(SimpleNamespace(**passes), compiled=compiled, quantized=quantized)
+    found = rules.fused_with_weight(SimpleNamespace(**passes), compiled=compiled, quantized=quantized)
     assert found == constant
 
 
 def test_adapters(tmp_path: Path) -> None:
     model = str(tmp_path)
-    assert plugin.adapter_refusal({"base_model_name_or_path": model + "/."}, model) is None
-    assert plugin.adapter_refusal({"base_model_name_or_path": "a/b"}, "a/b") is None
-    assert plugin.adapter_refusal({"base_model_name_or_path": "a/b", "flashnorm": True}, model) is None
-    assert "'a/b'" in str(plugin.adapter_refusal({"base_model_name_or_path": "a/b"}, model))
-    assert plugin.adapter_refusal({}, model) is not None
+    assert rules.adapter_refusal({"base_model_name_or_path": model + "/."}, model) is None
+    assert rules.adapter_refusal({"base_model_name_or_path": "a/b"}, "a/b") is None
+    assert rules.adapter_refusal({"base_model_name_or_path": "a/b", "flashnorm": True}, model) is None
+    assert "'a/b'" in str(rules.adapter_refusal({"base_model_name_or_path": "a/b"}, model))
+    assert rules.adapter_refusal({}, model) is not None
 
 
 def test_folded_norms_are_left_out_of_the_weights() -> None:
     weights = {"a": torch.ones(3), "norm": torch.ones(3), "offset": torch.zeros(3)}
-    assert dict(plugin.without_folded(weights.items(), {"norm": 1.0, "offset": 0.0})).keys() == {"a"}
+    assert dict(rules.without_folded(weights.items(), {"norm": 1.0, "offset": 0.0})).keys() == {"a"}
     with pytest.raises(flashnorm.InputError, match="expected norm at 1"):
-        list(plugin.without_folded([("norm", torch.tensor([1.0, 2.0]))], {"norm": 1.0}))
+        list(rules.without_folded([("norm", torch.tensor([1.0, 2.0]))], {"norm": 1.0}))
 
 
 @pytest.mark.parametrize(

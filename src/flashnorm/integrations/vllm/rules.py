@@ -1,0 +1,154 @@
+"""What the plugin decides, without vLLM: versions, names, uses and adapters that are refused."""
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+from torch import Tensor
+
+from flashnorm.errors import InputError
+
+# The first release for the PyTorch that flashnorm needs.
+OLDEST = "0.27.0"
+
+# Compiler passes whose fused operators take a norm's weight, or look for one. The first is for quantised linears.
+_PASSES_WITH_WEIGHT = (
+    "fuse_norm_quant",
+    "fuse_allreduce_rms",
+    "enable_sp",
+    "fuse_gemm_comms",
+    "fuse_act_padding",
+    "fuse_mla_dual_rms_norm",
+)
+
+# Draft methods that do not read the target's hidden states.
+_INDEPENDENT_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
+
+# Loaders that build models or take weights in ways of their own.
+_OTHER_LOADERS = ("tensorizer", "ipc_cache", "modelexpress")
+
+
+def unsupported(version: str) -> str | None:
+    """Why a version of vLLM cannot be used, or None. Versions that are no numbers are builds of someone's own."""
+    try:
+        known = Version(version)
+    except InvalidVersion:
+        return None
+    if known.release < Version(OLDEST).release and known.release > (0, 1):
+        return f"expected vLLM {OLDEST} or newer, found {version}; install a newer vLLM, or use Transformers"
+    return None
+
+
+def parameter_of(tensor: str, parameters: Collection[str]) -> str | None:
+    """The parameter of a vLLM model that a checkpoint tensor is loaded into, told by its name.
+
+    Args:
+        tensor: the tensor's name, after the model's own renaming.
+        parameters: names of the model's parameters; a prefix may be more or less than in the checkpoint.
+
+    Returns:
+        The one of this name; else the only one that has the name as its end, or is its end; else None.
+    """
+    if tensor in parameters:
+        return tensor
+    found = [name for name in parameters if name.endswith("." + tensor) or tensor.endswith("." + name)]
+    return found[0] if len(found) == 1 else None
+
+
+def on_other_stage(tensor: str, missing: Iterable[str]) -> bool:
+    """Whether a tensor belongs to a module that another stage of the pipeline has; `missing` are their names."""
+    parts = tensor.split(".")
+    prefixes = {".".join(parts[:count]) for count in range(1, len(parts))}
+    return any(
+        layer.rstrip(".") in prefixes or any(layer.rstrip(".").endswith("." + prefix) for prefix in prefixes)
+        for layer in missing
+    )
+
+
+def outside_layers(norms: Iterable[str]) -> list[str]:
+    """The norms that are in no numbered layer: the final norm, in particular."""
+    return [name for name in norms if not any(part.isdigit() for part in name.split("."))]
+
+
+def refusal(norms: Iterable[str], *, runner: str, draft: str | None, load_format: str) -> str | None:
+    """Why vLLM cannot use a FlashNorm checkpoint in this way, or None.
+
+    Args:
+        norms: the weightless norms.
+        runner: vLLM's runner: "generate", "pooling", "draft".
+        draft: the method of speculative decoding.
+        load_format: vLLM's load format.
+    """
+    final = outside_layers(norms)
+    if load_format in _OTHER_LOADERS:
+        return f"expected a loader that reads the checkpoint's files, found --load-format {load_format}; leave it out"
+    if final and draft is not None and draft not in _INDEPENDENT_DRAFTS:
+        return (
+            f"expected a draft that does not read the model's hidden states, found the method {draft}; the gain of "
+            f"{final[0]}, whose output it would read, is in the output head: use {', '.join(_INDEPENDENT_DRAFTS[2:])} "
+            "or ngram, or the model before its conversion"
+        )
+    if final and runner == "pooling":
+        return (
+            f"expected a model that generates, found one that pools hidden states; the gain of {final[0]}, whose "
+            "output would be pooled, is in the output head: use the model before its conversion"
+        )
+    return None
+
+
+def fused_with_weight(passes: Any, *, compiled: bool, quantized: bool) -> bool:
+    """Whether norms should pass a constant weight, since without one they would not be fused with what is around them.
+
+    Args:
+        passes: vLLM's `PassConfig`.
+        compiled: whether vLLM's compiler runs, whose passes these are.
+        quantized: whether the linears are.
+    """
+    chosen = [name for name in _PASSES_WITH_WEIGHT if getattr(passes, name, None)]
+    return compiled and bool(chosen) and (quantized or chosen != ["fuse_norm_quant"])
+
+
+def adapter_refusal(adapter: Mapping[str, Any], model: str) -> str | None:
+    """Why a LoRA adapter cannot be used with a FlashNorm checkpoint, or None.
+
+    An adapter reads the norms' outputs as the model that it was trained on computes them, so it must have been trained
+    on this one, or been folded itself.
+
+    Args:
+        adapter: its `adapter_config.json`.
+        model: the checkpoint, as vLLM was given it.
+    """
+    base = adapter.get("base_model_name_or_path")
+    if adapter.get("flashnorm") or (isinstance(base, str) and _same_place(base, model)):
+        return None
+    return (
+        f"expected an adapter for {model}, found one for {base!r}; one that was trained on the model before its "
+        "conversion gives wrong results here, as its inputs lack the norms' gains: serve that model, or train the "
+        'adapter on this one. If it was, set base_model_name_or_path, or put "flashnorm": true into its '
+        "adapter_config.json"
+    )
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
+
+
+def without_folded(weights: Iterable[tuple[str, Tensor]], norms: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors without those of the folded norms (`--keep-norms` writes them).
+
+    Args:
+        weights: name and value of each.
+        norms: checkpoint tensor -> its identity value.
+
+    Raises:
+        InputError: one of them is not at its identity value.
+    """
+    for name, tensor in weights:
+        if name not in norms:
+            yield name, tensor
+        elif not bool((tensor == norms[name]).all()):
+            raise InputError(
+                f"expected {name} at {norms[name]:g}, because config.json says that it is folded, found other values; "
+                "are these the weights of this model? Convert it again"
+            )

@@ -1,0 +1,211 @@
+"""Real vLLM on the CPU: forms of FlashNorm checkpoints, what is refused, several workers (`make test-vllm`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import flashnorm
+from integrations.conftest import (
+    Results,
+    assert_same,
+    config_changed,
+    job,
+    needs_vllm,
+    run_jobs,
+    source,
+    tensors_changed,
+)
+
+pytestmark = needs_vllm
+
+LINEAR, NORM = "self_attn.o_proj.weight", "model.layers.1.input_layernorm.weight"
+
+
+def plain_flag(config: dict[str, Any]) -> None:
+    del config["flashnorm"]
+
+
+def no_flag(config: dict[str, Any]) -> None:
+    del config["flashnorm"], config["flash_norm"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of every job that fits into one process."""
+    folder = tmp_path_factory.mktemp("vllm")
+    jobs: list[dict[str, Any]] = []
+
+    def add(name: str, model: Path, **more: Any) -> None:
+        jobs.append(job(name, model, **more))
+
+    for name in ("llama", "gemma3_text", "qwen3"):
+        flashnorm.convert(source(folder, name), folder / f"{name}-flashnorm")
+    llama, folded, gemma = folder / "llama", folder / "llama-flashnorm", folder / "gemma3_text"
+    add("llama", llama)
+    flashnorm.convert(llama, folder / "kept", keep_norms=True)
+    add("kept", folder / "kept")
+    for name, change in (("plain flag", plain_flag), ("no flag", no_flag)):
+        add(name, config_changed(folded, folder / name, change))
+        add(f"{name}, kept", config_changed(folder / "kept", folder / f"{name}, kept", change))
+    flashnorm.convert(gemma, folder / "gemma kept", keep_norms=True)
+    for name, model in (("gemma", gemma), ("gemma converted", folder / "gemma3_text-flashnorm")):
+        add(name, model)
+    add("gemma kept", folder / "gemma kept")
+    add("reloaded", folded, steps=["reload"])
+    add("reloaded without flag", folder / "no flag", steps=["reload"])
+    add("dummy", folded, options={"load_format": "dummy"})
+
+    first = f"model.layers.0.{LINEAR}"
+    query = "model.layers.0.self_attn.q_proj.weight"
+    for name, model, change in (
+        ("without a linear", folded, lambda tensors: tensors.pop(first)),
+        ("without part of a stacked linear", folded, lambda tensors: tensors.pop(query)),
+        ("no flag, without a linear", folder / "no flag", lambda tensors: tensors.pop(first)),
+        ("kept, with another gain", folder / "kept", lambda tensors: tensors[NORM].fill_(1.5)),
+        ("ordinary, without a norm", llama, lambda tensors: tensors.pop(NORM)),
+        ("ordinary, without another norm", folder / "qwen3", lambda t: t.pop("model.layers.0.self_attn.q_norm.weight")),
+    ):
+        add(name, tensors_changed(model, folder / name, change))
+    add(
+        "unnamed norm",
+        config_changed(folded, folder / "unnamed norm", lambda config: config["flashnorm"]["weightless"].remove(NORM)),
+    )
+    add(
+        "unknown norm",
+        config_changed(folded, folder / "unknown norm", lambda config: config["flashnorm"]["weightless"].append("a.b")),
+    )
+    add(
+        "another version",
+        config_changed(folded, folder / "another version", lambda config: config["flashnorm"].update(version=2)),
+    )
+    add("pooled", folded, options={"runner": "pooling", "convert": "embed"})
+    add("tensorizer", folded, options={"load_format": "tensorizer"})
+    for name, base in (("adapter", str(folded)), ("foreign adapter", str(llama))):
+        options = {"enable_lora": True, "max_lora_rank": 8}
+        add(name, folded, options=options, adapter=str(make_adapter(folder / name, base)))
+    # Last, as no other model can be built in its process.
+    add(
+        "ngram",
+        folded,
+        options={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+    )
+    return run_jobs(folder, jobs, timeout=3000)
+
+
+def make_adapter(folder: Path, base: str) -> Path:
+    """A LoRA adapter of rank 8 for the query projections of the tiny Llama, in PEFT's format."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{half}.weight": 0.2
+        * torch.randn(shape, generator=generator)
+        for layer in range(2)
+        for half, shape in (("A", (8, 128)), ("B", (256, 8)))
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 8, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"], "bias": "none"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["kept", "plain flag", "no flag", "plain flag, kept", "reloaded", "reloaded without flag"]
+)
+def test_llama_in_other_forms(results: Results, name: str) -> None:
+    assert_same(results[name], results["llama"])
+    assert results[name]["vectors"] == []
+    assert results[name]["gain_products"] == 0
+
+
+def test_norms_at_one_without_a_flag_are_ordinary(results: Results) -> None:
+    assert_same(results["no flag, kept"], results["llama"])
+    assert results["no flag, kept"]["vectors"] == results["llama"]["vectors"]
+
+
+def test_offset_norms_kept(results: Results) -> None:
+    assert_same(results["gemma kept"], results["gemma"])
+    assert results["gemma kept"]["vectors"] == results["gemma converted"]["vectors"]
+    assert results["gemma kept"]["classes"]["WeightlessGemmaRMSNorm"] == 4
+
+
+def test_speculative_decoding_without_a_head(results: Results) -> None:
+    assert results["ngram"]["tokens"] == results["llama"]["tokens"]
+
+
+def test_dummy_weights(results: Results) -> None:
+    assert "error" not in results["dummy"], results["dummy"]
+    assert results["dummy"]["vectors"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("without a linear", "found 1 absent: model.layers.0.self_attn.o_proj.weight"),
+        ("without part of a stacked linear", "found 1 absent: model.layers.0.self_attn.q_proj.weight"),
+        ("no flag, without a linear", "found 1 absent: model.layers.0.self_attn.o_proj.weight"),
+        ("kept, with another gain", f"expected {NORM} at 1"),
+        ("ordinary, without a norm", "expected all of 5 norms that can be folded, or none, found 1 absent"),
+        ("ordinary, without another norm", "Following weights were not initialized"),
+        ("unnamed norm", f"found 1 absent: {NORM}"),
+        ("unknown norm", "expected the norm a.b in vLLM's LlamaForCausalLM, found none of this name"),
+        ("another version", "expected version 1 of the flashnorm key, found 2"),
+        ("pooled", "the gain of model.norm.weight, whose output would be pooled"),
+        ("tensorizer", "found --load-format tensorizer"),
+        ("foreign adapter", "expected an adapter for"),
+    ],
+)
+def test_refused(results: Results, name: str, message: str) -> None:
+    assert message in results[name].get("error", "no error")
+
+
+def test_adapter_trained_on_the_converted_model(results: Results) -> None:
+    assert "error" not in results["adapter"], results["adapter"]
+    assert results["adapter"]["tokens"] != results["llama"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2},
+        # vLLM's CPU workers make room for what the first stage sends when they warm up, which they do to compile.
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_parallel(
+    results: Results, converted_llama: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Two workers, each with half of the model."""
+    options = options | {"distributed_executor_backend": "mp"}
+    jobs = [
+        job(name, model, options=options) for name, model in zip(("source", "converted"), converted_llama, strict=True)
+    ]
+    # One core for each.
+    found = run_jobs(tmp_path, jobs, timeout=600, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert_same(found["converted"], found["source"])
+    assert_same(found["converted"], results["llama"])
+    assert found["converted"]["vectors"] == []
+
+
+def test_unsupported_version(converted_llama: tuple[Path, Path]) -> None:
+    """An old vLLM refuses the checkpoint before it starts a worker, and takes ordinary ones."""
+    code = """
+import sys, vllm
+vllm.__version__ = "0.11.0"
+from vllm import EngineArgs
+for model in sys.argv[1:]:
+    EngineArgs(model=model, skip_tokenizer_init=True, max_model_len=64).create_engine_config()
+    print("accepted", model)
+"""
+    command = [sys.executable, "-c", code, *map(str, converted_llama)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=os.environ)
+    assert f"accepted {converted_llama[0]}" in run.stdout
+    assert f"accepted {converted_llama[1]}" not in run.stdout
+    assert "expected vLLM 0.27.0 or newer, found 0.11.0" in run.stderr.splitlines()[-1]
