@@ -239,10 +239,15 @@ class TestStaging:
         old = tmp_path / "out"
         old.mkdir()
         (old / "config.json").write_text("old")
-        with pytest.raises(stop), Staging(old, self.KEY, force=True) as staging:
-            write_file(staging.model / "config.json", b"new")
-            monkeypatch.setattr(Path, "rename", fails)
-            staging.publish()
+
+        def exchange() -> None:
+            with Staging(old, self.KEY, force=True) as staging:
+                write_file(staging.model / "config.json", b"new")
+                monkeypatch.setattr(Path, "rename", fails)
+                staging.publish()
+
+        with pytest.raises(stop):
+            exchange()
         assert (old / "config.json").read_text() == "old"
         assert list(tmp_path.iterdir()) == [old]
 
