@@ -27,6 +27,7 @@ from flashnorm.checkpoint.names import TensorFold
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.verify.findings import Finding
 from flashnorm.verify.products import FORMATS, Array, ExactGain, Scratch, correct, decode, differing
+from flashnorm.verify.rounding import RoundingSample
 
 PIECE = 8 << 20  # bytes
 _PIECES = 3  # one is read, one waits, one is compared
@@ -106,6 +107,7 @@ def compare_tensors(
     pairs: Sequence[Pair],
     report: Callable[[Finding], None],
     advance: Callable[[int], None],
+    sample: RoundingSample,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Compare tensors bit for bit, and hash all safetensors files of both checkpoints.
 
@@ -115,6 +117,7 @@ def compare_tensors(
         pairs: what to compare; quickest in the order of the converted files' bytes.
         report: takes one `Finding` for each tensor that differs.
         advance: called with the number of bytes of the converted checkpoint done since the last call.
+        sample: takes a sample of the rounding errors.
 
     Returns:
         The SHA-256 of every safetensors file of the source and of the converted checkpoint, by name.
@@ -134,7 +137,7 @@ def compare_tensors(
             hashing = hasher.submit(_hash, piece, sources[pair.source.file], stored[pair.stored.file])
             if check is None or check.pair is not pair:
                 _finish(check, report)
-                check = _Check(pair, None if pair.fold is None else gains.of(pair), scratch)
+                check = _Check(pair, None if pair.fold is None else gains.of(pair), scratch, sample)
             check.look_at(piece)
             hashing.result()
             advance(piece.stored.nbytes)
@@ -211,11 +214,12 @@ class _Gains:
 class _Check:
     """The comparison of one tensor, over its pieces."""
 
-    def __init__(self, pair: Pair, gain: ExactGain | None, scratch: Scratch) -> None:
+    def __init__(self, pair: Pair, gain: ExactGain | None, scratch: Scratch, sample: RoundingSample) -> None:
         self.pair = pair
         self.differing = 0
         self._gain = gain
         self._scratch = scratch
+        self._sample = sample
         self._first: tuple[int, str, str] | None = None
 
     def look_at(self, piece: _Piece) -> None:
@@ -247,6 +251,7 @@ class _Check:
         source, stored = (np.frombuffer(data, bits) for data in (piece.source, piece.stored))
         first = piece.first // source.itemsize
         trailing = _trailing(self.pair)
+        self._sample.take(tag, source, stored, gain.high, first, trailing)
         lines = (-1, width)
         places = differing(
             tag, source.reshape(lines), stored.reshape(lines), gain, first // width, trailing, self._scratch

@@ -22,6 +22,7 @@ from flashnorm.verify.biases import check_biases
 from flashnorm.verify.files import check_files
 from flashnorm.verify.findings import Finding, Findings
 from flashnorm.verify.products import FORMATS, decode
+from flashnorm.verify.rounding import Rounding, RoundingSample
 from flashnorm.verify.tensors import Pair, compare_tensors
 
 PROBLEMS_IN_FULL = 100
@@ -41,6 +42,7 @@ class WeightsReport:
         seconds: that it took.
         findings: what is wrong, at most `PROBLEMS_IN_FULL` of them.
         problems: how many there are in all.
+        rounding: how the errors of the folded weights are distributed, of a sample; None if nothing was folded.
     """
 
     folded: int
@@ -52,6 +54,7 @@ class WeightsReport:
     seconds: float
     findings: tuple[Finding, ...]
     problems: int
+    rounding: Rounding | None = None
 
     @property
     def ok(self) -> bool:
@@ -71,6 +74,7 @@ class WeightsReport:
             "seconds": self.seconds,
             "problems": self.problems,
             "findings": [finding.to_dict() for finding in self.findings],
+            "rounding": None if self.rounding is None else self.rounding.to_dict(),
         }
 
 
@@ -105,7 +109,8 @@ def verify_weights(
         wrong.add(finding.name)
         findings.add(finding)
 
-    hashes = compare_tensors(original, result, pairs, report, advance or (lambda nbytes: None))
+    sample = RoundingSample()
+    hashes = compare_tensors(original, result, pairs, report, advance or (lambda nbytes: None), sample)
     biases = check_biases(original, result, names, report)
     files = check_files(original, result, names, plan, *hashes, findings)
     return WeightsReport(
@@ -118,6 +123,7 @@ def verify_weights(
         seconds=time.monotonic() - started,
         findings=tuple(findings.kept),
         problems=findings.total,
+        rounding=sample.result(),
     )
 
 
