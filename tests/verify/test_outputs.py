@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from flashnorm.convert import convert
+from flashnorm.plan import FoldPlan
 from flashnorm.verify import outputs, verify
+from flashnorm.verify.conversion import Conversion, Size
 from flashnorm.verify.outputs import Greedy, OutputsReport, verify_outputs
 from flashnorm.verify.report import VerifyReport
 from flashnorm.verify.runs import Runner, loaders, needed_memory
@@ -243,8 +245,9 @@ def test_infinite_numbers_are_json() -> None:
     from flashnorm.verify.findings import Finding
     from flashnorm.verify.weights import WeightsReport
 
+    conversion = Conversion(FoldPlan("llama"), Size(1, 2, 1, 0), Size(1, 2, 1, 0))
     weights = WeightsReport(0, 0, 0, 0, 0, 0, 0.0, (Finding("tensor", "a[b]", "is missing"),), 1)
-    text = VerifyReport("source", "[bold]out", weights, report).to_json()
+    text = VerifyReport("source", "[bold]out", conversion, weights, report).to_json()
     assert json.loads(text)["outputs"]["oracle_perplexity"] is None
 
 

@@ -11,6 +11,7 @@ from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.errors import InputError
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
+from flashnorm.verify.conversion import Conversion
 from flashnorm.verify.integrity import IntegrityReport, verify_integrity
 from flashnorm.verify.outputs import OutputsReport, verify_outputs
 from flashnorm.verify.report import VerifyReport
@@ -113,7 +114,8 @@ def verify(
             stage=stage or (lambda words: None),
             progress=progress or (lambda done, total: None),
         )
-    return VerifyReport(source=str(model), converted=str(converted), weights=weights, outputs=outputs)
+    conversion = Conversion.of(original, result, plan, names)
+    return VerifyReport(str(model), str(converted), conversion, weights, outputs)
 
 
 def _read_text(path: Path) -> str:

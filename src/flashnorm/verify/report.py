@@ -9,8 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flashnorm.verify.conversion import Conversion
 from flashnorm.verify.outputs import OutputsReport
 from flashnorm.verify.weights import WeightsReport
+
+# Of the JSON; documented in docs/report.md.
+REPORT_VERSION = 1
 
 _SHOWN = 20
 
@@ -21,12 +25,14 @@ class VerifyReport:
 
     Attributes:
         source, converted: the folders.
+        conversion: what was converted, and what it was checked with.
         weights: the comparison bit for bit.
         outputs: the comparison of what the models compute; None if it was not asked for.
     """
 
     source: str
     converted: str
+    conversion: Conversion
     weights: WeightsReport
     outputs: OutputsReport | None = None
 
@@ -35,12 +41,38 @@ class VerifyReport:
         """Whether the converted model is the source."""
         return self.weights.ok and (self.outputs is None or self.outputs.ok)
 
+    @property
+    def verdict(self) -> str:
+        """The answer in one sentence."""
+        what = "the same model" if self.ok else "NOT the same model"
+        return f"{self.converted} is {what} as {self.source}"
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """What the answer does not cover."""
+        weights = "the source is taken as it is: whether it is what its publisher released was not asked"
+        if self.outputs is None:
+            return (weights, "outputs: they were not asked for (--weights-only)")
+        if self.outputs.skipped is not None:
+            return (weights, f"outputs: {self.outputs.skipped}")
+        greedy = len(self.outputs.greedy.source) if self.outputs.greedy else 0
+        return (
+            weights,
+            f"outputs beyond {self.outputs.tokens} tokens of one text and {greedy} tokens of greedy text",
+            "other runtimes, devices and dtypes than Transformers on the CPU in "
+            f"{self.outputs.dtype}, float32 and float64",
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values. Numbers that JSON has not (infinity, NaN) are None."""
+        """As plain JSON values (docs/report.md). Numbers that JSON has not (infinity, NaN) are None."""
         data = {
+            "version": REPORT_VERSION,
             "ok": self.ok,
+            "verdict": self.verdict,
+            "unchecked": list(self.unchecked),
             "source": self.source,
             "converted": self.converted,
+            "conversion": self.conversion.to_dict(),
             "weights": self.weights.to_dict(),
             "outputs": None if self.outputs is None else self.outputs.to_dict(),
         }
@@ -54,8 +86,7 @@ class VerifyReport:
         parts: list[RenderableType] = [_weights(self.weights)]
         if self.outputs is not None:
             parts.append(_outputs(self.outputs))
-        what = "the same model" if self.ok else "NOT the same model"
-        parts.append(_line(self.ok, f"[bold]{escape(self.converted)} is {what} as {escape(self.source)}[/bold]"))
+        parts.append(_line(self.ok, f"[bold]{escape(self.verdict)}[/bold]"))
         return Group(*parts)
 
     def __str__(self) -> str:
