@@ -223,6 +223,47 @@ class TestStaging:
             raise KeyboardInterrupt
         assert (tmp_path / "out" / "config.json").read_text() == "old"
 
+    @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt, SystemExit])
+    def test_an_exchange_that_fails_half_way_is_undone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+    ):
+        """The old model is aside when the new one cannot take its place."""
+        monkeypatch.setattr("ctypes.CDLL", lambda *args, **kwargs: None)
+        rename = Path.rename
+
+        def fails(path: Path, target: Path) -> Path:
+            if path.name == "model":
+                raise stop
+            return rename(path, target)
+
+        old = tmp_path / "out"
+        old.mkdir()
+        (old / "config.json").write_text("old")
+        with suppress(stop), Staging(old, self.KEY, force=True) as staging:
+            write_file(staging.model / "config.json", b"new")
+            monkeypatch.setattr(Path, "rename", fails)
+            staging.publish()
+        assert (old / "config.json").read_text() == "old"
+        assert list(tmp_path.iterdir()) == [old]
+
+    def test_the_lock_is_removed_last(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Another run may begin as soon as it is gone."""
+        removed: list[str] = []
+        unlink = Path.unlink
+        monkeypatch.setattr(Path, "unlink", lambda path: (removed.append(path.name), unlink(path)))
+        with Staging(tmp_path / "out", self.KEY) as staging:
+            self.finish_shard(staging, "a")
+            for name in ("x", "y", "z"):
+                (staging.folder / name).touch()
+            staging.publish()
+        assert sorted(removed) == ["journal.json", "lock", "x", "y", "z"]
+        assert removed[-1] == "lock"
+
+    def test_a_folder_that_the_other_run_has_just_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(Path, "mkdir", lambda path, **options: None)
+        with pytest.raises(InputError, match="another run"), Staging(tmp_path / "out", self.KEY):
+            pass
+
     def test_force_replaces_nothing_but_a_model(self, tmp_path: Path):
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "letter").touch()

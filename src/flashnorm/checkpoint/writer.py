@@ -22,7 +22,10 @@ from types import TracebackType
 from typing import Any
 
 from flashnorm.checkpoint.direct_io import sha256_of
+from flashnorm.checkpoint.source_files import cannot_read, open_file, status_of
 from flashnorm.errors import InputError
+
+_LOCK = "lock"
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -147,20 +150,22 @@ class Staging:
         return self.folder / "replaced"
 
     def _take_lock(self) -> int:
-        path = self.folder / "lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        path = self.folder / _LOCK
+        lock = None
         try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that had it may have published and removed the folder since we opened the file.
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock)):
+            if not os.path.samestat(path.stat(), os.fstat(lock)):
                 raise BlockingIOError
-        except BlockingIOError as error:
-            os.close(lock)
-            raise InputError(
-                f"{self.target}: another run is writing this target; wait until it is done, or choose another target"
-            ) from error
-        except BaseException:
-            os.close(lock)
+        except BaseException as error:
+            if lock is not None:
+                os.close(lock)
+            # Not found, or another file: the run that had the lock removed the folder since we made or opened it.
+            if isinstance(error, (BlockingIOError, FileNotFoundError)):
+                raise InputError(
+                    f"{self.target}: another run is writing this target; wait until it is done, or choose another "
+                    "target"
+                ) from error
             raise
         return lock
 
@@ -169,11 +174,15 @@ class Staging:
         # Removing is a courtesy: it must not hide the error that led here. Without the lock, nothing here is ours.
         with contextlib.suppress(OSError):
             if self._lock is not None:
+                self._restore_replaced()
                 for folder in (self.model, self._replaced):
                     if folder.exists():
                         _clear(folder, keep=self._shards)
                 if not self._shards:
-                    shutil.rmtree(self.folder)
+                    # The lock last: without it, another run begins to write here.
+                    _clear(self.folder, keep={_LOCK})
+                    (self.folder / _LOCK).unlink()
+                    self.folder.rmdir()
         self._release()
 
     def _release(self) -> None:
@@ -214,24 +223,30 @@ def check_target(target: Path, *, force: bool) -> None:
         left = staging_folder(target)
         note = f" ({left} is left from an interrupted run and can be deleted)" if left.exists() else ""
         raise InputError(f"{target}: expected nothing there yet, found it exists; choose another, or --force{note}")
-    is_model = (target / "config.json").is_file()
-    if target.is_symlink() or not target.is_dir() or not (is_model or not any(target.iterdir())):
+    if target.is_symlink() or not os.path.isdir(target) or not _is_model_or_empty(target):
         raise InputError(
             f"{target}: expected a model folder to replace (one with config.json), found something else; "
             "remove it yourself or choose another target"
         )
 
 
+def _is_model_or_empty(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file() or not any(folder.iterdir())
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+
+
 @contextlib.contextmanager
 def disk_errors(staging: Path) -> Iterator[None]:
-    """Turn a full disk into an `InputError` that says what to do."""
+    """Turn a full or failing disk into an `InputError` that says what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
+        full = error.errno in _DISK_FULL
+        found = "the disk is full or a size limit is reached" if full else "the disk does not take what is written"
         raise InputError(
-            f"{staging}: the disk is full or a size limit is reached ({error.strerror}); make room and run the same "
+            f"{staging}: {found} ({error.strerror or error}); {'make room' if full else 'mend that'} and run the same "
             "command again: it continues with the shards that are finished"
         ) from error
 
@@ -249,11 +264,7 @@ def copy_file(source: Path, path: Path) -> FileRecord:
     """Copy a file byte for byte and wait until the disk has it. Raises `InputError` if the source cannot be read."""
     digest = hashlib.sha256()
     size = 0
-    try:
-        original = source.open("rb", buffering=0)
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error})") from error
-    with original, path.open("wb", buffering=0) as copy:
+    with open_file(source) as original, path.open("wb", buffering=0) as copy:
         while block := original.read(1 << 20):
             digest.update(block)
             view = memoryview(block)
@@ -266,7 +277,7 @@ def copy_file(source: Path, path: Path) -> FileRecord:
 
 def file_record(path: Path) -> FileRecord:
     """Hash and size of a file. Raises `InputError` if it cannot be read."""
-    return FileRecord(sha256_of(path), path.stat().st_size)
+    return FileRecord(sha256_of(path), status_of(path).st_size)
 
 
 def sync_folder(folder: Path) -> None:
@@ -294,4 +305,8 @@ def _exchange(new: Path, old: Path, aside: Path) -> None:
     if renameat2 and renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
         return
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
