@@ -9,6 +9,7 @@ longer than its limit in seconds, no more memory than the limit. Run it by `pyth
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -79,7 +80,7 @@ def changed_json(raw: bytes, chance: random.Random) -> bytes:
             case 3 if isinstance(container[key], int):
                 container[key] += chance.choice([-8, -1, 1, 2, 8, 2**32])
             case _:
-                container[key] = chance.choice(ODD)
+                container[key] = copy.deepcopy(chance.choice(ODD))
     text = json.dumps(data).encode()
     match chance.randrange(8):
         case 0:
