@@ -276,6 +276,11 @@ def test_more_modules_than_any_model_has(monkeypatch: pytest.MonkeyPatch) -> Non
         models.meta_model(tiny.config("llama", num_hidden_layers=10))
 
 
+def test_longer_axes_than_any_model_has() -> None:
+    with pytest.raises(InputError, match=r"along an axis, found model\.embed_tokens\.weight of \[17179869184, 64\]"):
+        models.meta_model(tiny.config("llama", vocab_size=2**34))
+
+
 def test_a_target_in_the_source_by_another_name(tmp_path: Path) -> None:
     (tmp_path / "source" / "inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to("source/inner")

@@ -35,6 +35,9 @@ _AUTO_CLASSES = (
 # More than any model has; built in half a minute.
 MAX_MODULES = 200_000
 
+# Where each element of an axis comes from is a number in memory (`trace/values.py`).
+MAX_AXIS = 1 << 26
+
 _META = torch.device("meta")
 
 
@@ -137,6 +140,12 @@ def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code:
             f"expected a config that transformers {transformers.__version__} can build, found that "
             f"{config.model_type} fails: {type(error).__name__}: {error}"
         ) from error
+    for name, parameter in model.named_parameters():
+        if max(parameter.shape, default=0) > MAX_AXIS:
+            raise InputError(
+                f"expected parameters of at most {MAX_AXIS} along an axis, found {name} of {list(parameter.shape)}; is "
+                "config.json damaged?"
+            )
     return model.eval()
 
 
