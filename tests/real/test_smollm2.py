@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flashnorm
 from flashnorm.runtime.fused import FusedDecoder
 from flashnorm.runtime.structure import read_decoder
+from flashnorm.verify.outputs import verify_outputs
 from flashnorm.verify.text import DEFAULT_TEXT
 
 # Folding rounds bf16 weights once more, so a near tie can fall the other way; this prompt's first 64 tokens have none.
@@ -55,6 +57,12 @@ def test_plan(smollm2: Path) -> None:
     assert list(plan.kept) == ["model.norm.weight"]
     assert "tied" in plan.kept["model.norm.weight"].reason
     assert len(flashnorm.plan(smollm2, untie=True).folds) == 61
+
+
+def test_streamed_from_disk_no_number_changes(smollm2: Path, converted: Path) -> None:
+    whole, streamed = (verify_outputs(smollm2, converted, steps=2, streamed=way) for way in (False, True))
+    assert whole.ok
+    assert streamed == replace(whole, streamed=True)
 
 
 def test_converted_files(smollm2: Path, converted: Path) -> None:
