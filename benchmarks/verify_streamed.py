@@ -12,9 +12,8 @@ import threading
 import time
 from pathlib import Path
 
-from convert import make_checkpoint
-
 import flashnorm
+from convert import make_checkpoint
 from flashnorm.verify import verify_outputs
 
 
