@@ -35,8 +35,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_index(folder: Path, weight_map: object) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+def write_index(folder: Path, weight_map: object, metadata: object = None) -> None:
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def refusal(folder: Path) -> str:
@@ -75,7 +76,7 @@ def test_a_single_file_comes_before_an_index_of_other_files(folder: Path):
     assert checkpoint.index is None
     assert set(checkpoint.tensors) == {"x"}
     write_index(folder, {"x": "model.safetensors"})
-    assert Checkpoint.open(folder).index == {"weight_map": {"x": "model.safetensors"}}
+    assert Checkpoint.open(folder).index["weight_map"] == {"x": "model.safetensors"}
 
 
 def test_a_link_to_a_blob_is_followed(tmp_path: Path):
@@ -138,6 +139,11 @@ def test_the_header_is_written_as_the_library_writes_it():
         ("index names no tensor", lambda folder: amend_index(folder, zz="one.safetensors"), "in none: zz"),
         ("index lacks a tensor", lambda folder: amend_index(folder, b=None), "1 missing, in one.safetensors"),
         ("index names another shard", lambda folder: amend_index(folder, a="two.safetensors"), "found it in one"),
+        (
+            "index with other metadata",
+            lambda folder: write_index(folder, {"a": "one.safetensors"}, 0),
+            "metadata as an",
+        ),
         ("tensor twice", lambda folder: save_file(TENSORS, folder / "two.safetensors"), "every tensor once"),
         ("no index", lambda folder: (folder / "model.safetensors.index.json").unlink(), "without an index"),
         ("pickles only", lambda folder: only_pickles(folder), "save_pretrained"),

@@ -34,6 +34,7 @@ from flashnorm.errors import InputError
 from handmade import Handmade, content, make
 
 REFUSED, CRASHED = 2, 99
+SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 OLD = {"config.json": b"{}", "model.safetensors": b"old"}
 
 
@@ -55,12 +56,16 @@ class Place:
         self, target: Path, *, force: bool = False, keep_norms: bool = False, armed: Callable = lambda: None
     ) -> int:
         """Begin a run in a process of its own; its number."""
+        # Not before it can be caught: the child must never go on as the parent.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SENT)
         if (process := os.fork()) > 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
             return process
         code = CRASHED
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as the command line does
         shard.PIECE_BYTES = 256  # more calls, more moments
         try:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as the command line does
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
             armed()
             source = self.source
             convert_checkpoint(source.open(), source.plan, source.names, target, force=force, keep_norms=keep_norms)
@@ -167,7 +172,7 @@ def signals(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[st
     place.wait(place.start(target))
     duration = time.monotonic() - started
     for number in range(runs):
-        force, sent = bool(number % 2), (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
+        force, sent = bool(number % 2), SENT[number % 3]
         target = place.fresh(force)
         process = place.start(target, force=force)
         time.sleep(chance.uniform(0, duration) * chance.random())

@@ -217,7 +217,7 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: expected weight_map (tensor name to file name), found none; fetch the file again")
-    if not isinstance(index.get("metadata") or {}, dict):
+    if not isinstance(index.get("metadata"), dict | None):
         raise InputError(f"{path}: expected metadata as an object, found something else; fetch the file again")
     if single and set(map(str, weight_map.values())) != {SINGLE_FILE}:
         # Left over from shards that were merged into the single file.

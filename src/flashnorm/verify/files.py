@@ -75,7 +75,7 @@ def check_index(result: Checkpoint, findings: Findings) -> None:
     if result.index is None:
         return
     # That its names and files agree with the shards was checked on opening.
-    total = result.index.get("metadata", {}).get("total_size")
+    total = (result.index.get("metadata") or {}).get("total_size")
     expected = sum(info.nbytes for info in result.tensors.values())
     if total is not None and total != expected:
         problem = "metadata.total_size is not the size of the tensors"
