@@ -18,7 +18,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test test-vllm test-vllm-quick architectures sanitize lint format bench clean
+.PHONY: demo test test-vllm test-vllm-quick architectures sanitize attack lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
@@ -44,6 +44,13 @@ sanitize: $(INSTALLED)
 		-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/runtime/test_ops.py tests/runtime/test_fused.py
+
+# Damaged files, failing disks, signals: hours, if RUNS is large.
+RUNS ?= 1000
+
+attack: $(INSTALLED)
+	@for kind in reader verify plan; do $(BIN)/python tests/reliability/fuzz.py $$kind --runs $(RUNS) || exit 1; done
+	@for kind in calls bytes signals pairs; do $(BIN)/python tests/reliability/faults.py $$kind --runs $(RUNS) || exit 1; done
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check
