@@ -83,7 +83,7 @@ def _numbers_of_layers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _numbers_of_layers(value)
-        elif isinstance(value, int) and "layer" in key:
+        elif isinstance(value, int) and "layer" in key and "vocab" not in key:  # Gemma: vocab_size_per_layer_input
             yield key, value
 
 
