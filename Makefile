@@ -18,13 +18,18 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test test-vllm test-vllm-quick architectures sanitize attack lint format bench clean
+.PHONY: demo test browser test-vllm test-vllm-quick architectures sanitize attack lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
-test: lint
+# With CI set, on a machine to be thrown away, all that can be tested is: there is a browser for the report, and a real vLLM.
+test: lint $(if $(CI),browser)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	$(if $(CI),@$(MAKE) --no-print-directory test-vllm-quick)
+
+browser:
+	@command -v chromium > /dev/null || (apt-get update -qq && apt-get install -qq -y chromium > /dev/null)
 
 test-vllm: $(VLLM_INSTALLED)
 	@$(VLLM_VENV)/bin/python -m pytest tests/integrations

@@ -80,6 +80,28 @@ def test_verify_equal_and_different(source: Path, converted: Path) -> None:
         file.write_bytes(data)
 
 
+def test_verify_writes_a_page(source: Path, converted: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    both = run("verify", source, converted, "--weights-only", "--json", "--html", page)
+    assert (both.returncode, both.stderr) == (0, "")
+    assert json.loads(both.stdout)["verdict"] in page.read_text()
+    alone = run("verify", converted, "--weights-only", "--html", page)
+    assert (alone.returncode, alone.stderr) == (0, "")
+    assert "What cannot be known without the source" in page.read_text()
+    assert_refused(run("verify", source, converted, "--html", tmp_path / "nowhere" / "x.html"), "no such folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_page_needs_an_extra(source: Path, converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here', name='matplotlib')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "flashnorm", "verify", source, converted, "--html", tmp_path / "report.html"]
+    assert_refused(
+        subprocess.run(command, capture_output=True, text=True, env=environment, check=False),
+        "pip install 'flashnorm[report]'",
+    )
+
+
 def test_verify_a_converted_folder_alone(source: Path, converted: Path, tmp_path: Path) -> None:
     whole = run("verify", converted, "--weights-only")
     assert (whole.returncode, whole.stderr) == (0, "")

@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from flashnorm.convert import ConvertResult, convert
-from flashnorm.errors import InputError
+from flashnorm.errors import DifferenceError, InputError
 from flashnorm.plan import Fold, FoldPlan, Kept, Linear
 from flashnorm.planning import plan
 from flashnorm.runtime.in_memory import fold_
@@ -13,6 +13,7 @@ from flashnorm.verify import IntegrityReport, VerifyReport, verify
 
 __all__ = [
     "ConvertResult",
+    "DifferenceError",
     "Fold",
     "FoldPlan",
     "InputError",

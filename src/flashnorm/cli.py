@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flashnorm import __version__
-from flashnorm.errors import InputError
+from flashnorm.errors import DifferenceError, InputError
 from flashnorm.plan import FoldPlan
 
 DIFFERENT, UNUSABLE = 1, 2
@@ -72,25 +72,35 @@ def convert(
     ] = False,
     untie: Untie = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Verify OUT before it appears; its model card says what was found.")
+    ] = False,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write the FlashNorm version of a checkpoint. An interrupted run continues when it is repeated."""
+    """Write the FlashNorm version of a checkpoint. An interrupted run continues when it is repeated.
+
+    With --verify, exit status 1 if it is not the same model; nothing appears at OUT then.
+    """
     from flashnorm.convert import convert as run
     from flashnorm.progress import progress_bar
 
-    with progress_bar("converting") as report:
+    with progress_bar("converting") as bar:
         result = run(
             model,
             out,
             keep_norms=keep_norms,
             untie=untie,
             force=force,
+            verify=verify,
             trust_remote_code=trust_remote_code,
-            progress=report.bytes,
+            progress=bar.bytes,
+            stage=bar.stage,
         )
+    report = result.report
     if as_json:
-        print(json.dumps(asdict(result) | {"target": str(result.target), "plan": result.plan.to_dict()}, indent=1))
+        facts = asdict(replace(result, report=None)) | {"target": str(result.target), "plan": result.plan.to_dict()}
+        print(json.dumps(facts | {"report": report and report.to_dict()}, indent=1))
         return
     files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
     resumed = f" ({result.resumed_shards} from an earlier run)" if result.resumed_shards else ""
@@ -106,6 +116,8 @@ def convert(
     for row in result.plan.rows():
         if row.kept:
             print(f"{row.norm} ({row.count}) {row.what}")
+    if report is not None:
+        _console().print(report, highlight=False)
 
 
 @app.command()
@@ -121,6 +133,9 @@ def verify(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not run the models.")] = False,
     text: Annotated[Path | None, typer.Option("--text", help="A text file to compare the outputs on.")] = None,
     as_json: AsJson = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as a page, too.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check a conversion: weights bit for bit, outputs against a float64 oracle. Exit status 1 if they differ.
@@ -129,7 +144,10 @@ def verify(
     """
     from flashnorm.progress import progress_bar
     from flashnorm.verify import verify as run
+    from flashnorm.verify.page import check_page, write_page
 
+    if html is not None:
+        check_page(html)
     with progress_bar("comparing weights" if out else "hashing files") as bar:
         report = run(
             model,
@@ -140,6 +158,8 @@ def verify(
             stage=bar.stage,
             trust_remote_code=trust_remote_code,
         )
+    if html is not None:
+        write_page(report, html)
     if as_json:
         print(report.to_json())
     else:
@@ -184,6 +204,9 @@ def main() -> NoReturn:
     except InputError as error:
         print(f"flashnorm: {error}", file=sys.stderr)
         sys.exit(UNUSABLE)
+    except DifferenceError as error:
+        _console().print(error.report, highlight=False)
+        sys.exit(DIFFERENT)
     except KeyboardInterrupt:
         print("flashnorm: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -3,6 +3,7 @@
 * Streaming: each byte of the source is read once, each of the output written once. What is read twice: a tensor that is
   untied, and the weight of a linear whose bias takes a norm's.
 * All or nothing: what is refused is refused before anything is written, and the target appears by one rename.
+* A conversion can be verified before it appears (`verify=True`): its model card says what was found.
 * A run that was interrupted continues where it was, and ends with the same bytes as one that was not.
 """
 
@@ -10,9 +11,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import flashnorm
 from flashnorm.acceptance import check_config, check_places, check_plan
@@ -42,10 +44,13 @@ from flashnorm.checkpoint.writer import (
     file_record,
     write_file,
 )
-from flashnorm.errors import InputError
+from flashnorm.errors import DifferenceError, InputError
 from flashnorm.hub import local_folder
 from flashnorm.plan import FoldPlan
 from flashnorm.planning import plan_checkpoint
+
+if TYPE_CHECKING:
+    from flashnorm.verify.report import VerifyReport
 
 # Called with the bytes of weights that are written so far, and in all.
 ProgressCallback = Callable[[int, int], object]
@@ -65,6 +70,7 @@ class ConvertResult:
         bytes_read, bytes_written: by this run.
         seconds: wall time.
         plan: what was folded, and which norms were kept and why.
+        report: of the verification, if there was one.
     """
 
     target: Path
@@ -78,6 +84,7 @@ class ConvertResult:
     bytes_written: int
     seconds: float
     plan: FoldPlan
+    report: "VerifyReport | None" = None
 
 
 @dataclass
@@ -147,7 +154,7 @@ class _Job:
             path = staging.model / name
             path.parent.mkdir(parents=True, exist_ok=True)
             self.read[name] = self.written[name] = copy_file(folder / name, path)
-        self._write(staging, CARD_FILE, self._card())
+        self._write(staging, CARD_FILE, self._card(summary=""))
         if self.checkpoint.index is not None:
             self._write(staging, INDEX_FILE, updated_index(self.checkpoint, self.tensors))
         self.read[CONFIG_FILE] = file_record(folder / CONFIG_FILE)
@@ -157,12 +164,17 @@ class _Job:
         self.checkpoint.check_unchanged()
         write_file(staging.model / CONFIG_FILE, config)
 
+    def add_to_card(self, staging: Staging, summary: str) -> None:
+        """Put the summary of a verification into the model card."""
+        self._write(staging, CARD_FILE, self._card(summary))
+        self.written[MANIFEST_FILE] = write_file(staging.model / MANIFEST_FILE, self._manifest())
+
     def _write(self, staging: Staging, name: str, data: bytes) -> None:
         if name in self.checkpoint.states:
             self.read[name] = file_record(self.checkpoint.folder / name)
         self.written[name] = write_file(staging.model / name, data)
 
-    def _card(self) -> bytes:
+    def _card(self, summary: str) -> bytes:
         card = None
         if CARD_FILE in self.checkpoint.states:
             with open_file(self.checkpoint.folder / CARD_FILE) as file:
@@ -173,6 +185,7 @@ class _Job:
             version=flashnorm.__version__,
             norms=len(self.plan.folds),
             linears=len(self.names.folds),
+            summary=summary,
         )
         return card.encode("utf-8", "surrogateescape")
 
@@ -185,7 +198,7 @@ class _Job:
                 "source": {"id": self.source_id, "revision": self.revision, "files": files},
                 "options": self.options,
                 "plan": self.plan.to_dict(),
-                "files": {name: asdict(self.written[name]) for name in sorted(self.written)},
+                "files": {name: asdict(self.written[name]) for name in sorted(self.written) if name != MANIFEST_FILE},
             }
         )
 
@@ -197,8 +210,10 @@ def convert(
     keep_norms: bool = False,
     untie: bool = False,
     force: bool = False,
+    verify: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
+    stage: Callable[[str], object] = lambda words: None,
 ) -> ConvertResult:
     """Trace a checkpoint's model and write its FlashNorm version; see `convert_checkpoint`.
 
@@ -208,11 +223,15 @@ def convert(
         keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
         untie: give a tied model a head of its own, so that its final norm folds as well.
         force: replace a target that exists.
+        verify: compare the result with the source before it appears at the target, as `flashnorm.verify` does, and put
+            a summary into its model card.
         trust_remote_code: whether code in the checkpoint's folder may run.
-        progress: called while weights are written.
+        progress: called while weights are written, and while they are verified.
+        stage: called with a few words on what is being verified.
 
     Raises:
         InputError: the source or the target cannot be used, or the disk is full.
+        DifferenceError: with `verify`: the result is not the same model. There is nothing at the target then.
     """
     checkpoint = Checkpoint.open(local_folder(source))
     # What needs no model is refused before one is built.
@@ -220,7 +239,33 @@ def convert(
     check_places(checkpoint.folder, Path(target))
     check_target(Path(target), force=force)
     plan, names = plan_checkpoint(checkpoint, untie=untie, trust_remote_code=trust_remote_code)
-    return convert_checkpoint(checkpoint, plan, names, target, keep_norms=keep_norms, force=force, progress=progress)
+    report = None
+
+    def proof(staged: Path) -> str:
+        nonlocal report
+        from flashnorm.verify import verify as compare
+        from flashnorm.verify.summary import card_summary
+
+        stage("comparing weights")
+        compared = compare(
+            checkpoint.folder, staged, progress=progress, stage=stage, trust_remote_code=trust_remote_code
+        )
+        report = replace(compared, source=str(source), converted=str(target))
+        if not report.ok:
+            raise DifferenceError(report)
+        return card_summary(report)
+
+    result = convert_checkpoint(
+        checkpoint,
+        plan,
+        names,
+        target,
+        keep_norms=keep_norms,
+        force=force,
+        proof=proof if verify else None,
+        progress=progress,
+    )
+    return replace(result, report=report)
 
 
 def convert_checkpoint(
@@ -233,6 +278,7 @@ def convert_checkpoint(
     force: bool = False,
     source_id: str | None = None,
     revision: str | None = None,
+    proof: Callable[[Path], str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConvertResult:
     """Write the FlashNorm version of a checkpoint.
@@ -245,6 +291,8 @@ def convert_checkpoint(
         keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
         force: replace a target that exists.
         source_id, revision: hub id and commit of the source; by default what its path in the hub's cache tells.
+        proof: called with the folder of the complete result before it is published; what it returns goes to the end of
+            the model card. What it raises is raised, and nothing is published.
         progress: called while weights are written.
 
     Raises:
@@ -265,6 +313,12 @@ def convert_checkpoint(
         _check_free_space(target.parent, sum(job.sizes.values()) + copied - staging.resumable_bytes())
         job.write_shards(staging, progress)
         job.write_small_files(staging)
+        if proof is not None:
+            try:
+                job.add_to_card(staging, proof(staging.model))
+            except DifferenceError:
+                staging.forget()
+                raise
         staging.publish()
     return ConvertResult(
         target=target,

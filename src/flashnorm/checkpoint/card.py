@@ -13,7 +13,9 @@ TAGS = ("flashnorm", "weightless-rmsnorm")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def updated_card(card: str | None, *, base_model: str | None, version: str, norms: int, linears: int) -> str:
+def updated_card(
+    card: str | None, *, base_model: str | None, version: str, norms: int, linears: int, summary: str = ""
+) -> str:
     """A model card that says what was done to the model.
 
     Args:
@@ -21,6 +23,7 @@ def updated_card(card: str | None, *, base_model: str | None, version: str, norm
         base_model: the source's hub id, where known.
         version: of flashnorm.
         norms, linears: how many norm weights were folded into how many weights of linear layers.
+        summary: of a verification, in Markdown.
     """
     card = card or "---\n---\n"
     found = _FRONT_MATTER.match(card)
@@ -31,7 +34,7 @@ def updated_card(card: str | None, *, base_model: str | None, version: str, norm
         if base_model:
             front = _with_key(front, "base_model", [base_model])
     text = text.rstrip("\r\n") + "\n\n" if text.strip() else ""
-    return f"---\n{front}---\n{text}{_section(base_model, version, norms, linears)}"
+    return f"---\n{front}---\n{text}{_section(base_model, version, norms, linears)}{summary and chr(10)}{summary}"
 
 
 def _section(base_model: str | None, version: str, norms: int, linears: int) -> str:

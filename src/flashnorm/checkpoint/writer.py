@@ -128,6 +128,10 @@ class Staging:
         new.replace(self._journal)
         sync_folder(self.folder)
 
+    def forget(self) -> None:
+        """Let no later run continue with the shards that are finished; what is left of them is removed at the end."""
+        self._shards = {}
+
     def publish(self) -> None:
         """Make `model` the target, in one rename. Everything in it must have been synced to the disk."""
         for folder, _, _ in os.walk(self.model):
@@ -138,7 +142,7 @@ class Staging:
             # Fails if someone has made the target meanwhile, unless as an empty folder.
             self.model.rename(self.target)
         sync_folder(self.target.parent)
-        self._shards = {}
+        self.forget()
         self._abandon()
 
     @property

@@ -77,6 +77,12 @@ class IntegrityReport:
         """Whether nothing is wrong, as far as that can be known without the source: see `UNKNOWN`."""
         return not self.problems
 
+    @property
+    def verdict(self) -> str:
+        """The answer in one sentence."""
+        what = "is whole, and" if self.ok else "is NOT"
+        return f"{self.converted} {what} what its {MANIFEST_FILE} and its model's code say"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         manifest = self.manifest
@@ -84,6 +90,7 @@ class IntegrityReport:
         return {
             "version": REPORT_VERSION,
             "ok": self.ok,
+            "verdict": self.verdict,
             "converted": self.converted,
             "manifest": {"sha256": self.manifest_sha256, "flashnorm_version": manifest.flashnorm_version},
             "claimed_source": {"id": manifest.source_id, "revision": manifest.revision, "files": source_files},
@@ -105,7 +112,6 @@ class IntegrityReport:
     def __rich__(self) -> RenderableType:
         manifest = self.manifest
         unread = f" ({self.unread} of them it does not read)" if self.unread else ""
-        verdict = "is whole, and" if self.ok else "is NOT"
         source = f"{manifest.source_id or 'a folder'}{f' at {manifest.revision}' if manifest.revision else ''}"
         return Group(
             _line(
@@ -123,7 +129,7 @@ class IntegrityReport:
             *(Text(f"  - {what}") for what in UNKNOWN),
             _line(
                 self.ok,
-                f"[bold]{escape(self.converted)} {verdict} what its {MANIFEST_FILE} and its model's code say[/bold]",
+                f"[bold]{escape(self.verdict)}[/bold]",
             ),
         )
 

@@ -1,0 +1,45 @@
+"""A report as a few lines of Markdown, for a model card."""
+
+from flashnorm.verify.report import VerifyReport
+
+
+def card_summary(report: VerifyReport) -> str:
+    """The summary of a verification: what was compared, with which numbers, and what was not.
+
+    Args:
+        report: of a conversion that is the same model as its source.
+    """
+    weights, outputs, versions = report.weights, report.outputs, report.conversion.verified_with
+    lines = [
+        "## Verified",
+        "",
+        f"Compared with its source by flashnorm {versions['flashnorm']} (torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {versions['machine']}) before it was published:",
+        "",
+        f"- Weights, bit for bit: {weights.folded} tensors are the exact product, rounded once; "
+        + (f"{weights.biases} biases are the rounded sum or quotient; " if weights.biases else "")
+        + f"{weights.unchanged} are unchanged; {weights.norms} norm tensors left.",
+    ]
+    if outputs is not None and outputs.source and outputs.converted and outputs.rounding:
+        lines += [
+            f"- {criterion.asked[0].upper()}{criterion.asked[1:]}: {criterion.found}." for criterion in outputs.criteria
+        ]
+        lines += [
+            "",
+            f"On {outputs.tokens} tokens, against the source in float64, whose perplexity is "
+            f"{outputs.oracle_perplexity:.4f}:",
+            "",
+            "| run | KL (nats a token) | same next token | perplexity |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {run.kl:.3g} | {run.agreement:.1%} | {run.perplexity:.4f} |"
+            for name, run in (
+                (f"source, {outputs.dtype}", outputs.source),
+                (f"converted, {outputs.dtype}", outputs.converted),
+                ("converted, float64", outputs.rounding),
+            )
+        ]
+    lines += ["", "Not checked:", "", *(f"- {sentence[0].upper()}{sentence[1:]}." for sentence in report.unchecked)]
+    lines += ["", "`flashnorm verify SOURCE THIS_FOLDER` does it again.", ""]
+    return "\n".join(lines)
