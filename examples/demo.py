@@ -24,6 +24,7 @@ from transformers.utils import logging
 import flashnorm
 
 SOURCE, CONVERTED = Path("build/smollm2-135m"), Path("build/smollm2-135m-flashnorm")
+PAGE = Path("build/report.html")
 PROMPT = "The three most important things to know about the moon are"
 NEW_TOKENS = 48
 
@@ -33,7 +34,7 @@ def main() -> None:
     build(SOURCE)
     run("flashnorm", "plan", SOURCE)
     run("flashnorm", "convert", SOURCE, CONVERTED, "--force")
-    run("flashnorm", "verify", SOURCE, CONVERTED)
+    run("flashnorm", "verify", SOURCE, CONVERTED, "--html", PAGE)
 
     say(f"Greedy text from both, in float32: {PROMPT!r}")
     logging.disable_progress_bar()
