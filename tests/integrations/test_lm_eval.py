@@ -1,0 +1,180 @@
+"""Real lm-eval: source and converted, by its own command, sample by sample (`make test-evals`)."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import flashnorm
+import tiny
+from flashnorm.errors import InputError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import compare_samples
+
+INSTALLED = find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed (make test-evals installs it)")
+
+WEIGHTS = "model.safetensors"
+SAMPLES = 12
+# Each generates from two prompts at once, of different lengths.
+GENERATION = """\
+task: continue
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["<end>"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def source(folder: Path, model_type: str) -> Path:
+    """A tiny random model of a type in float32, whose tokens are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<start>", "<end>", "<pad>", *alphabet])}
+    tokenizer: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    config = tiny.config(model_type, vocab_size=len(vocabulary), max_position_embeddings=4096)
+    return tiny.save(folder, tiny.model(config))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, model_type: str, folder: Path, results: Path, *more: str) -> Path:
+    """lm-eval's command, in this process."""
+    from flashnorm.integrations import lm_eval
+
+    command = ["lm_eval", "run", "--model", model_type, "--model_args", f"pretrained={folder},dtype=float32"]
+    command += ["--include_path", str(BENCHMARKS / "tasks"), "--tasks", "mmlu_dev,mmlu_dev_text", "--device", "cpu"]
+    command += ["--limit", str(SAMPLES), "--log_samples", "--output_path", str(results)]
+    monkeypatch.setattr(sys, "argv", [*command, *more])
+    with pytest.raises(SystemExit) as ended:
+        lm_eval.main()
+    assert not ended.value.code
+    return results
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A source, and what `flashnorm convert` makes of it."""
+    original = source(tmp_path / "source", getattr(request, "param", "llama"))
+    flashnorm.convert(original, tmp_path / "converted")
+    return original, tmp_path / "converted"
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("pair", ["llama", "qwen3", "gpt2"], indirect=True)
+def test_same_samples(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converted model by `hf`, and by `flashnorm`: what the source says by `hf`."""
+    original, converted = pair
+    expected = run(monkeypatch, "hf", original, tmp_path / "expected")
+    for model_type in ("hf", "flashnorm"):
+        questions, texts = compare_samples.compare(
+            expected, run(monkeypatch, model_type, converted, tmp_path / model_type)
+        )
+        assert (questions.task, questions.samples, questions.same_choice) == ("mmlu_dev", SAMPLES, SAMPLES)
+        assert (texts.task, texts.samples, texts.same_choice) == ("mmlu_dev_text", SAMPLES, None)
+        # These models are as wrong as can be: thousands of nats a text.
+        assert questions.relative < 1e-5
+        assert texts.relative < 1e-5
+
+
+@needs_lm_eval
+def test_comparison_sees_another_model(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, converted = pair
+    expected = run(monkeypatch, "hf", original, tmp_path / "expected")
+    tensors = load_file(converted / WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, converted / WEIGHTS, {"format": "pt"})
+    questions, texts = compare_samples.compare(
+        expected, run(monkeypatch, "flashnorm", converted, tmp_path / "flashnorm")
+    )
+    assert questions.same_choice is not None
+    assert questions.same_choice < SAMPLES
+    assert min(questions.relative, texts.relative) > 1e-3
+    with pytest.raises(SystemExit, match="the same samples"):
+        compare_samples.compare(expected, run(monkeypatch, "hf", original, tmp_path / "fewer", "--limit", "5"))
+
+
+@needs_lm_eval
+def test_generation(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of a padded batch are the source's."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": "twenty-two, and three"}\n')
+    (tmp_path / "tasks" / "continue.yaml").write_text(GENERATION.replace("DATA", str(tmp_path / "data.jsonl")))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    task = ("--include_path", str(tmp_path / "tasks"), "--tasks", "continue", "--batch_size", "2")
+    texts = []
+    for model_type, folder in zip(("hf", "flashnorm"), pair, strict=True):
+        results = compare_samples.samples(run(monkeypatch, model_type, folder, tmp_path / model_type, *task))
+        texts.append([sample["resps"] for sample in results["continue"]])
+    assert texts[0] == texts[1]
+    assert all(text for ((text,),) in texts[0])
+
+
+@needs_lm_eval
+def test_loaded_by_flashnorm(pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """No parameter in the norms, the fused kernels, and no warning of absent weights, which `hf` gives."""
+    from lm_eval.api.registry import get_model
+
+    from flashnorm.integrations import lm_eval
+
+    assert get_model("flashnorm") is lm_eval.FlashNormLM
+    model = lm_eval.FlashNormLM(str(pair[1]), device="cpu", dtype="bfloat16").model
+    assert not [name for name, _ in model.named_parameters() if "norm" in name]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert type(model.model.layers[0]).__module__.startswith("flashnorm.")
+    assert "MISSING" not in capfd.readouterr().err
+    get_model("hf")(str(pair[1]), device="cpu")
+    assert "MISSING" in capfd.readouterr().err
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("option", [{"peft": "adapter"}, {"revision": "abc"}, {"gguf_file": "a.gguf"}])
+def test_options_that_do_not_fit(option: dict[str, str], tmp_path: Path) -> None:
+    from flashnorm.integrations.lm_eval import FlashNormLM
+
+    with pytest.raises(InputError, match=next(iter(option))):
+        FlashNormLM(str(tmp_path), device="cpu", **option)
+
+
+@needs_lm_eval
+def test_ordinary_checkpoint(pair: tuple[Path, Path]) -> None:
+    """Exit status 2, and what to do, without a traceback."""
+    arguments = ["--model", "flashnorm", "--model_args", f"pretrained={pair[0]}", "--device", "cpu"]
+    ended = command(*arguments, "--include_path", str(BENCHMARKS / "tasks"), "--tasks", "mmlu_dev")
+    assert ended.returncode == 2
+    assert "expected a FlashNorm checkpoint" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
+def test_without_lm_eval() -> None:
+    ended = command("--model", "flashnorm")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("flashnorm: expected lm-eval, found No module named 'lm_eval'")
+    assert "pip install 'flashnorm[evals]'" in ended.stderr
+
+
+def test_not_imported_by_flashnorm() -> None:
+    check = "import sys, flashnorm, flashnorm.cli; flashnorm.load; sys.exit('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m flashnorm.integrations.lm_eval`."""
+    line = [sys.executable, "-m", "flashnorm.integrations.lm_eval", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
