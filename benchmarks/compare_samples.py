@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HEADER = (
-    "task | metric | first | second | same choice | largest difference of a log-likelihood\n|---|---|---|---|---|---|"
-)
+COLUMNS = ("task", "metric", "one", "other", "same choice", "largest difference of a log-likelihood")
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl")
+
+
+# Of each task; as `lm_eval.simple_evaluate` has them under "samples", too.
+Samples = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -34,47 +36,53 @@ class Comparison:
     absolute: float  # the largest difference of two log-likelihoods
     relative: float  # the largest one divided by the log-likelihood
 
-    def rows(self) -> list[str]:
+    def rows(self) -> list[tuple[str, ...]]:
         """A line of the table for each metric."""
         same = "" if self.same_choice is None else f"{self.same_choice} of {self.samples}"
         difference = f"{self.absolute:.2g} (relative {self.relative:.2g})"
         return [
-            f"{self.task} ({self.samples}) | {metric} | {first} | {second} | {same} | {difference} |"
-            for metric, (first, second) in self.metrics.items()
+            (f"{self.task} ({self.samples})", metric, one, other, same, difference)
+            for metric, (one, other) in self.metrics.items()
         ]
 
 
-def compare(one: Path, other: Path) -> list[Comparison]:
-    """Two folders that lm-eval wrote (`--output_path`), task by task.
+def compare(one: Samples, other: Samples) -> list[Comparison]:
+    """Two runs, task by task.
 
     Raises:
-        SystemExit: a folder holds no samples, or the two did not see the same ones.
+        SystemExit: they did not see the same samples.
     """
-    first, second = samples(one), samples(other)
-    if first.keys() != second.keys():
-        raise SystemExit(
-            f"expected the same tasks, found {', '.join(first)} in {one} and {', '.join(second)} in {other}"
-        )
-    return [_compared(task, first[task], second[task]) for task in first]
+    if one.keys() != other.keys():
+        raise SystemExit(f"expected the same tasks in both, found {', '.join(one)} and {', '.join(other)}")
+    return [_compared(task, one[task], other[task]) for task in one]
 
 
-def samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The samples of each task, in the order of their numbers."""
+def read(folder: Path) -> Samples:
+    """The samples in a folder that lm-eval wrote (`--output_path`).
+
+    Raises:
+        SystemExit: there are none.
+    """
     files: dict[str, Path] = {}
     for file in sorted(folder.rglob("samples_*.jsonl"), key=lambda file: file.name):
         if name := _SAMPLES.fullmatch(file.name):
             files[name["task"]] = file  # the newest is the last
     if not files:
         raise SystemExit(f"{folder}: expected samples_*.jsonl in it, found none; run lm-eval with --log_samples")
-    return {task: _read(file) for task, file in files.items()}
+    return {
+        task: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for task, file in files.items()
+    }
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return sorted(found, key=lambda sample: (sample["filter"], sample["doc_id"]))
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Markdown."""
+    for row in (columns, ("---",) * len(columns), *rows):
+        print(f"| {' | '.join(row)} |")
 
 
 def _compared(task: str, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Comparison:
+    first, second = (sorted(run, key=lambda sample: (sample["filter"], sample["doc_id"])) for run in (first, second))
     if [sample["prompt_hash"] for sample in first] != [sample["prompt_hash"] for sample in second]:
         raise SystemExit(f"{task}: expected the same samples in both, found others; run both with the same options")
     ours, theirs = ([_log_likelihoods(sample) for sample in run] for run in (first, second))
@@ -92,7 +100,7 @@ def _compared(task: str, first: list[dict[str, Any]], second: list[dict[str, Any
 
 def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
     # Of an answer: the value, and whether it is what the model would say. Of a text: the value.
-    return [float(answer[0] if isinstance(answer, list) else answer) for answer in sample["filtered_resps"]]
+    return [float(answer if isinstance(answer, str | float) else answer[0]) for answer in sample["filtered_resps"]]
 
 
 def _likeliest(values: list[float]) -> int:
@@ -123,10 +131,8 @@ def main() -> None:
     parser.add_argument("one", type=Path, metavar="ONE")
     parser.add_argument("other", type=Path, metavar="OTHER")
     options = parser.parse_args()
-    print(f"| {HEADER}")
-    for comparison in compare(options.one, options.other):
-        for row in comparison.rows():
-            print(f"| {row}")
+    compared = compare(read(options.one), read(options.other))
+    print_table(COLUMNS, [row for comparison in compared for row in comparison.rows()])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 * In float32, of a float32 checkpoint: folding rounds a weight once more, by 6e-8 of it at most, so that the choices
   have to be identical and the log-likelihoods to agree to 1e-3.
 * In bfloat16, of a bfloat16 checkpoint: that rounding shows. Next to it stands what bfloat16 does to the source itself.
+* In bfloat16, too, lm-eval takes the softmax in float32 (`softmax_dtype`). By default it would add log-likelihoods up
+  in bfloat16, where a text's is rounded to a multiple of 2 or 4.
 * Two tasks whose data lm-eval's package carries (`benchmarks/tasks`); nothing is downloaded.
 
     python benchmarks/evals.py [--model FOLDER] [--folder DIR]
@@ -35,11 +37,11 @@ TASKS = Path(__file__).with_name("tasks")
 TOLERANCE = 1e-3  # of a log-likelihood in float32
 
 
-def evaluate(model_type: str, folder: Path, dtype: str, results: Path) -> Path:
+def evaluate(model_type: str, folder: Path, dtype: str, results: Path) -> compare_samples.Samples:
     """Both tasks, by lm-eval's own command, in a process of its own."""
     command = [sys.executable, "-m", "flashnorm.integrations.lm_eval", "run", "--device", "cpu", "--log_samples"]
     command += ["--include_path", str(TASKS), "--tasks", "mmlu_dev,mmlu_dev_text"]
-    command += ["--model", model_type, "--model_args", f"pretrained={folder},dtype={dtype}"]
+    command += ["--model", model_type, "--model_args", f"pretrained={folder},dtype={dtype},softmax_dtype=float32"]
     print(f"{folder.name} in {dtype} by {model_type} ...", file=sys.stderr, flush=True)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     run = subprocess.run(
@@ -47,7 +49,7 @@ def evaluate(model_type: str, folder: Path, dtype: str, results: Path) -> Path:
     )
     if run.returncode:
         sys.exit(run.stderr[-3000:])
-    return results
+    return compare_samples.read(results)
 
 
 def in_dtype(folder: Path, dtype: str, target: Path) -> Path:
@@ -56,6 +58,11 @@ def in_dtype(folder: Path, dtype: str, target: Path) -> Path:
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder).save_pretrained(target)
     return target
+
+
+def labelled(one: str, other: str, compared: list[compare_samples.Comparison]) -> list[tuple[str, ...]]:
+    """Lines of the table that say what is compared."""
+    return [(one, other, *row) for comparison in compared for row in comparison.rows()]
 
 
 def main() -> None:
@@ -70,26 +77,22 @@ def main() -> None:
         original = options.model or smollm2.build(folder / "smollm2-135m")
         rows, sources, agree = [], {}, True
         for dtype in ("float32", "bfloat16"):
-            source = in_dtype(original, dtype, folder / f"source-{dtype}")
-            flashnorm.convert(source, folder / f"converted-{dtype}", force=True)
+            source, converted = in_dtype(original, dtype, folder / f"source-{dtype}"), folder / f"converted-{dtype}"
+            flashnorm.convert(source, converted, force=True)
             sources[dtype] = evaluate("hf", source, dtype, folder / f"samples-source-{dtype}")
             for loader in ("hf", "flashnorm"):
-                target = folder / f"converted-{dtype}"
-                found = evaluate(loader, target, dtype, folder / f"samples-{loader}-{dtype}")
+                found = evaluate(loader, converted, dtype, folder / f"samples-{loader}-{dtype}")
                 compared = compare_samples.compare(sources[dtype], found)
-                label = f"source, `hf`, {dtype} | converted, `{loader}`, {dtype}"
-                rows += [f"| {label} | {row}" for comparison in compared for row in comparison.rows()]
+                rows += labelled(f"source, `hf`, {dtype}", f"converted, `{loader}`, {dtype}", compared)
                 agree &= dtype != "float32" or all(
                     comparison.absolute <= TOLERANCE and comparison.same_choice in (None, comparison.samples)
                     for comparison in compared
                 )
-        label = "source, `hf`, float32 | source, `hf`, bfloat16"
-        for comparison in compare_samples.compare(sources["float32"], sources["bfloat16"]):
-            rows += [f"| {label} | {row}" for row in comparison.rows()]
+        compared = compare_samples.compare(sources["float32"], sources["bfloat16"])
+        rows += labelled("source, `hf`, float32", "source, `hf`, bfloat16", compared)
     packages = ", ".join(f"{name} {version(name)}" for name in ("lm-eval", "torch", "transformers", "flashnorm"))
     print(f"{original.name}; {packages}; {platform.machine()}, {os.cpu_count()} cores\n")
-    print(f"| one | other | {compare_samples.HEADER.replace('|---|', '|---|---|---|', 1)}")
-    print("\n".join(rows))
+    compare_samples.print_table(("one is", "the other is", *compare_samples.COLUMNS), rows)
     print(f"\nfloat32 {'agrees' if agree else 'DOES NOT AGREE'}: identical choices, log-likelihoods to {TOLERANCE}")
     sys.exit(0 if agree else 1)
 

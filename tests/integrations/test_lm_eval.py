@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 import flashnorm
 import tiny
 from flashnorm.errors import InputError
+from flashnorm.runtime.layers import FusedForward
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import compare_samples
 
+TASKS = Path(compare_samples.__file__).with_name("tasks")
 INSTALLED = find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed (make test-evals installs it)")
 
@@ -51,18 +52,20 @@ def source(folder: Path, model_type: str) -> Path:
     return tiny.save(folder, tiny.model(config))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, model_type: str, folder: Path, results: Path, *more: str) -> Path:
-    """lm-eval's command, in this process."""
-    from flashnorm.integrations import lm_eval
+def evaluate(
+    model_type: str, folder: Path, tasks: Path = TASKS, samples: int = SAMPLES, **more: Any
+) -> compare_samples.Samples:
+    """The samples of all tasks in a folder. (lm-eval's command would read its own 16,000 files of tasks first.)"""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
 
-    command = ["lm_eval", "run", "--model", model_type, "--model_args", f"pretrained={folder},dtype=float32"]
-    command += ["--include_path", str(BENCHMARKS / "tasks"), "--tasks", "mmlu_dev,mmlu_dev_text", "--device", "cpu"]
-    command += ["--limit", str(SAMPLES), "--log_samples", "--output_path", str(results)]
-    monkeypatch.setattr(sys, "argv", [*command, *more])
-    with pytest.raises(SystemExit) as ended:
-        lm_eval.main()
-    assert not ended.value.code
-    return results
+    import flashnorm.integrations.lm_eval  # noqa: F401
+
+    results: Any = lm_eval.simple_evaluate(
+        model_type, {"pretrained": str(folder), "dtype": "float32"}, tasks=[file.stem for file in tasks.glob("*.yaml")],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False), limit=samples, device="cpu", **more,
+    )  # fmt: skip
+    return results["samples"]
 
 
 @pytest.fixture
@@ -75,54 +78,61 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
 
 @needs_lm_eval
 @pytest.mark.parametrize("pair", ["llama", "qwen3", "gpt2"], indirect=True)
-def test_same_samples(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_samples(pair: tuple[Path, Path]) -> None:
     """The converted model by `hf`, and by `flashnorm`: what the source says by `hf`."""
     original, converted = pair
-    expected = run(monkeypatch, "hf", original, tmp_path / "expected")
+    expected = evaluate("hf", original)
     for model_type in ("hf", "flashnorm"):
-        questions, texts = compare_samples.compare(
-            expected, run(monkeypatch, model_type, converted, tmp_path / model_type)
-        )
-        assert (questions.task, questions.samples, questions.same_choice) == ("mmlu_dev", SAMPLES, SAMPLES)
-        assert (texts.task, texts.samples, texts.same_choice) == ("mmlu_dev_text", SAMPLES, None)
+        found = {one.task: one for one in compare_samples.compare(expected, evaluate(model_type, converted))}
+        assert found.keys() == {"mmlu_dev", "mmlu_dev_text"}
+        assert found["mmlu_dev"].same_choice == SAMPLES
         # These models are as wrong as can be: thousands of nats a text.
-        assert questions.relative < 1e-5
-        assert texts.relative < 1e-5
+        assert max(one.relative for one in found.values()) < 1e-5
 
 
 @needs_lm_eval
-def test_comparison_sees_another_model(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_comparison_sees_another_model(pair: tuple[Path, Path]) -> None:
     original, converted = pair
-    expected = run(monkeypatch, "hf", original, tmp_path / "expected")
+    expected = evaluate("hf", original)
     tensors = load_file(converted / WEIGHTS)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(tensors, converted / WEIGHTS, {"format": "pt"})
-    questions, texts = compare_samples.compare(
-        expected, run(monkeypatch, "flashnorm", converted, tmp_path / "flashnorm")
-    )
-    assert questions.same_choice is not None
-    assert questions.same_choice < SAMPLES
-    assert min(questions.relative, texts.relative) > 1e-3
+    found = {one.task: one for one in compare_samples.compare(expected, evaluate("flashnorm", converted))}
+    assert min(one.relative for one in found.values()) > 1e-3
+    choices = found["mmlu_dev"].same_choice
+    assert choices is not None
+    assert choices < SAMPLES
     with pytest.raises(SystemExit, match="the same samples"):
-        compare_samples.compare(expected, run(monkeypatch, "hf", original, tmp_path / "fewer", "--limit", "5"))
+        compare_samples.compare(expected, evaluate("hf", original, samples=5))
 
 
 @needs_lm_eval
 def test_generation(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of a padded batch are the source's."""
-    (tmp_path / "tasks").mkdir()
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
     (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": "twenty-two, and three"}\n')
-    (tmp_path / "tasks" / "continue.yaml").write_text(GENERATION.replace("DATA", str(tmp_path / "data.jsonl")))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    task = ("--include_path", str(tmp_path / "tasks"), "--tasks", "continue", "--batch_size", "2")
-    texts = []
-    for model_type, folder in zip(("hf", "flashnorm"), pair, strict=True):
-        results = compare_samples.samples(run(monkeypatch, model_type, folder, tmp_path / model_type, *task))
-        texts.append([sample["resps"] for sample in results["continue"]])
+    (tasks / "continue.yaml").write_text(GENERATION.replace("DATA", str(tmp_path / "data.jsonl")))
+    texts = [
+        [sample["resps"] for sample in evaluate(model_type, folder, tasks, batch_size=2)["continue"]]
+        for model_type, folder in zip(("hf", "flashnorm"), pair, strict=True)
+    ]
     assert texts[0] == texts[1]
     assert all(text for ((text,),) in texts[0])
+
+
+@needs_lm_eval
+def test_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """lm-eval's command with our type: its samples on disk are those in memory."""
+    line = ["run", "--model", "flashnorm", "--model_args", f"pretrained={pair[1]},dtype=float32", "--device", "cpu"]
+    line += ["--include_path", str(TASKS), "--tasks", "mmlu_dev", "--limit", "2", "--log_samples"]
+    ended = command(*line, "--output_path", str(tmp_path / "results"))
+    assert ended.returncode == 0, ended.stderr
+    assert "|mmlu_dev|" in ended.stdout
+    on_disk = compare_samples.read(tmp_path / "results")
+    (same,) = compare_samples.compare(on_disk, {"mmlu_dev": evaluate("flashnorm", pair[1], samples=2)["mmlu_dev"]})
+    assert same.absolute < 1e-3
+    assert (same.samples, same.same_choice) == (2, 2)
 
 
 @needs_lm_eval
@@ -136,7 +146,7 @@ def test_loaded_by_flashnorm(pair: tuple[Path, Path], capfd: pytest.CaptureFixtu
     model = lm_eval.FlashNormLM(str(pair[1]), device="cpu", dtype="bfloat16").model
     assert not [name for name, _ in model.named_parameters() if "norm" in name]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert type(model.model.layers[0]).__module__.startswith("flashnorm.")
+    assert isinstance(vars(model.model.layers[0])["forward"], FusedForward)
     assert "MISSING" not in capfd.readouterr().err
     get_model("hf")(str(pair[1]), device="cpu")
     assert "MISSING" in capfd.readouterr().err
@@ -155,7 +165,7 @@ def test_options_that_do_not_fit(option: dict[str, str], tmp_path: Path) -> None
 def test_ordinary_checkpoint(pair: tuple[Path, Path]) -> None:
     """Exit status 2, and what to do, without a traceback."""
     arguments = ["--model", "flashnorm", "--model_args", f"pretrained={pair[0]}", "--device", "cpu"]
-    ended = command(*arguments, "--include_path", str(BENCHMARKS / "tasks"), "--tasks", "mmlu_dev")
+    ended = command(*arguments, "--include_path", str(TASKS), "--tasks", "mmlu_dev")
     assert ended.returncode == 2
     assert "expected a FlashNorm checkpoint" in ended.stderr
     assert "Traceback" not in ended.stderr
