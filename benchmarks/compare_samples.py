@@ -13,13 +13,13 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 COLUMNS = ("task", "metric", "one", "other", "same choice", "largest difference of a log-likelihood")
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl")
-
 
 # Of each task; as `lm_eval.simple_evaluate` has them under "samples", too.
 Samples = dict[str, list[dict[str, Any]]]
@@ -94,13 +94,17 @@ def _compared(task: str, first: list[dict[str, Any]], second: list[dict[str, Any
         {metric: (_metric(metric, first), _metric(metric, second)) for metric in first[0]["metrics"]},
         sum(choices) if choices else None,
         max(abs(a - b) for a, b in pairs),
-        max(abs(a - b) / abs(a) for a, b in pairs),
+        max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs),
     )
 
 
 def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
     # Of an answer: the value, and whether it is what the model would say. Of a text: the value.
-    return [float(answer if isinstance(answer, str | float) else answer[0]) for answer in sample["filtered_resps"]]
+    found = [answer if isinstance(answer, str | float) else answer[0] for answer in sample["filtered_resps"]]
+    try:
+        return [float(value) for value in found]
+    except ValueError:
+        raise SystemExit(f"expected log-likelihoods, found the text {found[0]!r}; leave such tasks out") from None
 
 
 def _likeliest(values: list[float]) -> int:
@@ -108,21 +112,23 @@ def _likeliest(values: list[float]) -> int:
 
 
 def _metric(name: str, run: list[dict[str, Any]]) -> str:
-    """The mean, or the perplexity, and its standard error over the samples."""
+    """What lm-eval makes of a metric's values, and the standard error over the samples."""
     values, number = [sample[name] for sample in run], len(run)
-    if not name.endswith("_perplexity"):
+    if isinstance(values[0], int | float):
         mean = sum(values) / number
         return f"{mean:.4f} ± {_root_of_squares(value - mean for value in values) / number:.4f}"
-    # A ratio of two sums, of log-likelihoods and of what they are counted in; the error is to first order.
+    # A ratio of two sums, of log-likelihoods and of the words or bytes that they are of; the error is to first order.
     weight = sum(weight for _, weight in values)
     mean = sum(value for value, _ in values) / weight
     error = _root_of_squares(value - mean * weight for value, weight in values) / weight
+    if name == "bits_per_byte":
+        return f"{-mean / math.log(2):.4f} ± {error / math.log(2):.4f}"
     return f"{math.exp(-mean):.3f} ± {math.exp(-mean) * error:.3f}"
 
 
-def _root_of_squares(values: Any) -> float:
+def _root_of_squares(values: Iterable[float]) -> float:
     squares = [value**2 for value in values]
-    return math.sqrt(sum(squares) * len(squares) / (len(squares) - 1))
+    return math.sqrt(sum(squares) * len(squares) / (len(squares) - 1)) if len(squares) > 1 else math.nan
 
 
 def main() -> None:

@@ -106,6 +106,30 @@ def test_comparison_sees_another_model(pair: tuple[Path, Path]) -> None:
         compare_samples.compare(expected, evaluate("hf", original, samples=5))
 
 
+def test_scores_and_their_errors() -> None:
+    """By hand: four questions, two of them answered rightly; two texts, of 10 and 30 bytes, of 20 and 60 nats."""
+    questions = [
+        {"doc_id": number, "filter": "none", "prompt_hash": "", "metrics": ["acc"], "acc": float(number % 2),
+         "filtered_resps": [["-1.0", "True"], ["-2.0", "False"]]}
+        for number in range(4)
+    ]  # fmt: skip
+    others = [question | {"filtered_resps": [("-1.0", "True"), ("-2.5", "False")]} for question in questions]
+    others[2]["filtered_resps"] = [("-2.1", "False"), ("-2.0", "True")]
+    (found,) = compare_samples.compare({"task": questions}, {"task": others[::-1]})
+    assert (found.samples, found.same_choice, found.absolute, found.relative) == (4, 3, 1.1, 1.1)
+    assert found.metrics == {"acc": ("0.5000 ± 0.2887", "0.5000 ± 0.2887")}
+    texts = [
+        {"doc_id": size, "filter": "none", "prompt_hash": "", "metrics": ["byte_perplexity", "bits_per_byte"],
+         "byte_perplexity": [nats, size], "bits_per_byte": [nats, size], "filtered_resps": [str(nats)]}
+        for nats, size in ((-22.0, 10), (-58.0, 30))
+    ]  # fmt: skip
+    (found,) = compare_samples.compare({"task": texts}, {"task": texts})
+    # Two nats a byte; of the two texts' sums, 2 nats are too many and too few: sqrt(2 * (4 + 4)) of 40 bytes.
+    assert found.metrics["byte_perplexity"] == ("7.389 ± 0.739",) * 2
+    assert found.metrics["bits_per_byte"] == ("2.8854 ± 0.1443",) * 2
+    assert (found.same_choice, found.absolute) == (None, 0)
+
+
 @needs_lm_eval
 def test_generation(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of a padded batch are the source's."""
@@ -136,7 +160,7 @@ def test_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @needs_lm_eval
-def test_loaded_by_flashnorm(pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_loaded_by_flashnorm(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     """No parameter in the norms, the fused kernels, and no warning of absent weights, which `hf` gives."""
     from lm_eval.api.registry import get_model
 
@@ -147,9 +171,9 @@ def test_loaded_by_flashnorm(pair: tuple[Path, Path], capfd: pytest.CaptureFixtu
     assert not [name for name, _ in model.named_parameters() if "norm" in name]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert isinstance(vars(model.model.layers[0])["forward"], FusedForward)
-    assert "MISSING" not in capfd.readouterr().err
+    assert "MISSING" not in caplog.text
     get_model("hf")(str(pair[1]), device="cpu")
-    assert "MISSING" in capfd.readouterr().err
+    assert "MISSING" in caplog.text
 
 
 @needs_lm_eval
