@@ -13,6 +13,8 @@ from flashnorm.verify.divergence import (
     perplexity,
     relative_error,
     sensitivity,
+    standard_error,
+    typical_kl,
 )
 
 
@@ -80,6 +82,24 @@ def test_sensitivity_is_what_relative_noise_does_to_kl() -> None:
     noise = torch.randn(100, *oracle.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     kls = [kl(oracle, oracle * (1 + 1e-4 * sample)) for sample in noise]
     assert sum(kls) / len(kls) == pytest.approx(1e-8 / 2 * sensitivity(oracle), rel=0.05)
+
+
+def test_standard_error_is_the_spread_of_means() -> None:
+    generator = torch.Generator().manual_seed(5)
+    a, b = (torch.rand(2000, 50, generator=generator, dtype=torch.float64).square() for _ in range(2))
+    means = (a - 3 * b).mean(-1)
+    errors = [standard_error(ours, theirs, 3.0) for ours, theirs in zip(a.tolist(), b.tolist(), strict=True)]
+    assert sum(errors) / len(errors) == pytest.approx(float(means.std()), rel=0.05)
+    assert standard_error([1.0, 2.0], [1.0, 2.0], 1.0) == 0
+    assert math.isnan(standard_error([1.0, math.nan], [1.0, 2.0], 1.0))
+
+
+def test_a_typical_token_is_not_the_one_that_makes_the_mean() -> None:
+    assert typical_kl([1e-4, 1e-2], 0) == pytest.approx(1e-3)
+    assert typical_kl([1e-4] * 99 + [1.0], 0) == pytest.approx(1e-4 * 100**0.02)
+    assert typical_kl([0.0, 1e-20, 1e-4], 1e-8) == pytest.approx(1e-20 ** (1 / 3))
+    assert typical_kl([0.0], 0) == 0
+    assert math.isnan(typical_kl([1.0, math.nan], 1.0))
 
 
 def test_relative_error() -> None:

@@ -1,6 +1,7 @@
 """How far the predictions of one run are from those of another: small pure functions on logits, in float64."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +74,22 @@ def sensitivity(logits: Tensor) -> float:
         p, z = row.double().softmax(-1), torch.where(row == -torch.inf, 0.0, row.double())
         sums.append((p * (1 - p) * z.square()).sum())
     return float(torch.stack(sums).mean())
+
+
+def standard_error(a: Sequence[float], b: Sequence[float], ratio: float) -> float:
+    """Of the mean of `a - ratio * b`: how far it is off by chance, as numbers differ from token to token.
+
+    Args:
+        a, b: a number for each token, of the same tokens.
+        ratio: what `b` is multiplied by.
+    """
+    difference = torch.tensor(a, dtype=torch.float64) - ratio * torch.tensor(b, dtype=torch.float64)
+    return float(difference.std(correction=0)) / math.sqrt(len(difference))
+
+
+def typical_kl(by_token: Sequence[float], floor: float) -> float:
+    """The geometric mean of a number for each token; less than `floor` counts as that much. NaN if one is."""
+    return float(torch.tensor(by_token, dtype=torch.float64).clamp_min(floor).log().mean().exp())
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
