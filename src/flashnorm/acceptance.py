@@ -27,7 +27,7 @@ def check_config(config: dict[str, Any], folder: Path) -> None:
             f"{path}: expected an ordinary checkpoint, found one that is converted already; use it as it is, "
             "or convert the checkpoint that it was made from"
         )
-    for section, quantization in _quantizations(config):
+    for section, quantization in quantizations(config):
         method = "an unknown method"
         if isinstance(quantization, dict):
             method = quantization.get("quant_method") or quantization.get("quantization_status") or method
@@ -85,7 +85,7 @@ def _lies_in(inner: Path, outer: Path) -> bool:
     )
 
 
-def _quantizations(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def quantizations(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every quantisation that a config declares, for the whole model or for a part of it (`text_config`)."""
     sections = {"": config, **{f"{name}.": part for name, part in config.items() if isinstance(part, dict)}}
     for prefix, section in sections.items():

@@ -27,6 +27,22 @@ pytestmark = needs_vllm
 
 LINEAR, NORM = "self_attn.o_proj.weight", "model.layers.1.input_layernorm.weight"
 
+# Linears in 8 bits, a scale for each row; their inputs in 8 bits as they come. The format of llm-compressor.
+EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+QUANTIZATION = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": EIGHT_BITS | {"strategy": "channel", "dynamic": False},
+            "input_activations": EIGHT_BITS | {"strategy": "token", "dynamic": True},
+        }
+    },
+}
+
 
 def plain_flag(config: dict[str, Any]) -> None:
     del config["flashnorm"]
@@ -34,6 +50,23 @@ def plain_flag(config: dict[str, Any]) -> None:
 
 def no_flag(config: dict[str, Any]) -> None:
     del config["flashnorm"], config["flash_norm"]
+
+
+def quantize(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors[f"{name}_scale"] = scale
+        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+
+
+def quantized(folder: Path, target: Path) -> Path:
+    """A checkpoint with its linears quantised."""
+    tensors_changed(folder, target.with_name(f"{target.name}, tensors"), quantize)
+    return config_changed(
+        target.with_name(f"{target.name}, tensors"),
+        target,
+        lambda config: config.update(quantization_config=QUANTIZATION),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +95,31 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     add("reloaded without flag", folder / "no flag", steps=["reload"])
     add("dummy", folded, options={"load_format": "dummy"})
 
+    for name, model in (
+        ("quantised, norms at one", folder / "no flag, kept"),
+        ("quantised", folded),
+        ("quantised, kept", folder / "kept"),
+        ("quantised, plain flag", folder / "plain flag"),
+        ("quantised, no flag", folder / "no flag"),
+    ):
+        add(name, quantized(model, folder / name))
+    add("quantised, compiled", folder / "quantised", options={"enforce_eager": False})
+
     first = f"model.layers.0.{LINEAR}"
     query = "model.layers.0.self_attn.q_proj.weight"
     for name, model, change in (
         ("without a linear", folded, lambda tensors: tensors.pop(first)),
         ("without part of a stacked linear", folded, lambda tensors: tensors.pop(query)),
         ("no flag, without a linear", folder / "no flag", lambda tensors: tensors.pop(first)),
+        ("quantised, without a linear", folder / "quantised", lambda tensors: tensors.pop(query)),
         ("kept, with another gain", folder / "kept", lambda tensors: tensors[NORM].fill_(1.5)),
         ("ordinary, without a norm", llama, lambda tensors: tensors.pop(NORM)),
         ("ordinary, without another norm", folder / "qwen3", lambda t: t.pop("model.layers.0.self_attn.q_norm.weight")),
     ):
         add(name, tensors_changed(model, folder / name, change))
-    add(
-        "unnamed norm",
-        config_changed(folded, folder / "unnamed norm", lambda config: config["flashnorm"]["weightless"].remove(NORM)),
-    )
+    for name, model in (("unnamed norm", folded), ("quantised, unnamed norm", folder / "quantised")):
+        unnamed = config_changed(model, folder / name, lambda config: config["flashnorm"]["weightless"].remove(NORM))
+        add(name, unnamed)
     add(
         "unknown norm",
         config_changed(folded, folder / "unknown norm", lambda config: config["flashnorm"]["weightless"].append("a.b")),
@@ -129,6 +172,15 @@ def test_norms_at_one_without_a_flag_are_ordinary(results: Results) -> None:
     assert results["no flag, kept"]["vectors"] == results["llama"]["vectors"]
 
 
+@pytest.mark.parametrize("form", ["", ", kept", ", compiled", ", plain flag", ", no flag"])
+def test_quantised_after_the_conversion(results: Results, form: str) -> None:
+    """What an ordinary model with the same quantised linears and its norms at one computes."""
+    found = results[f"quantised{form}"]
+    assert_same(found, results["quantised, norms at one"])
+    # vLLM does not miss weights of quantised models: without our key the norms stay, at one.
+    assert (found["vectors"] == []) == (form not in (", plain flag", ", no flag"))
+
+
 def test_offset_norms_kept(results: Results) -> None:
     assert_same(results["gemma kept"], results["gemma"])
     assert results["gemma kept"]["vectors"] == results["gemma converted"]["vectors"]
@@ -150,6 +202,8 @@ def test_dummy_weights(results: Results) -> None:
         ("without a linear", "found 1 absent: model.layers.0.self_attn.o_proj.weight"),
         ("without part of a stacked linear", "found 1 absent: model.layers.0.self_attn.q_proj.weight"),
         ("no flag, without a linear", "found 1 absent: model.layers.0.self_attn.o_proj.weight"),
+        ("quantised, without a linear", "found 1 absent: model.layers.0.self_attn.q_proj.weight"),
+        ("quantised, unnamed norm", f"found 1 absent: {NORM}"),
         ("kept, with another gain", f"expected {NORM} at 1"),
         ("ordinary, without a norm", "expected all of 5 norms that can be folded, or none, found 1 absent"),
         ("ordinary, without another norm", "Following weights were not initialized"),
@@ -170,6 +224,7 @@ def test_adapter_trained_on_the_converted_model(results: Results) -> None:
     assert results["adapter"]["tokens"] != results["llama"]["tokens"]
 
 
+@pytest.mark.parametrize("backend", ["mp", "ray"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -180,18 +235,44 @@ def test_adapter_trained_on_the_converted_model(results: Results) -> None:
     ids=["tensor", "pipeline"],
 )
 def test_parallel(
-    results: Results, converted_llama: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]
+    results: Results, converted_llama: tuple[Path, Path], tmp_path: Path, options: dict[str, Any], backend: str
 ) -> None:
     """Two workers, each with half of the model."""
-    options = options | {"distributed_executor_backend": "mp"}
+    options = options | {"distributed_executor_backend": backend}
     jobs = [
         job(name, model, options=options) for name, model in zip(("source", "converted"), converted_llama, strict=True)
     ]
     # One core for each.
-    found = run_jobs(tmp_path, jobs, timeout=600, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} | (ray_on_cpu(tmp_path) if backend == "ray" else {})
+    found = run_jobs(tmp_path, jobs, timeout=900, **environment)
     assert_same(found["converted"], found["source"])
     assert_same(found["converted"], results["llama"])
     assert found["converted"]["vectors"] == []
+    assert ("RayWorkerProc" in (tmp_path / "jobs.log").read_text()) == (backend == "ray")
+
+
+def ray_on_cpu(folder: Path) -> dict[str, str]:
+    """The environment in which vLLM takes Ray's workers on the CPU.
+
+    vLLM's platform of the CPU refuses Ray only because it names no resource that a worker takes. A platform plugin
+    (vLLM's own way of adding one) names it, and Ray is told that there are two.
+    """
+    name = "cpu_with_ray"
+    (folder / f"{name}.py").write_text(
+        "from vllm.platforms.cpu import CpuPlatform\n\n"
+        'class CpuWithRay(CpuPlatform):\n    ray_device_key = "GPU"\n\n'
+        f'def platform():\n    return "{name}.CpuWithRay"\n'
+    )
+    metadata = folder / f"{name}-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[vllm.platform_plugins]\n{name} = {name}:platform\n")
+    return {
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": 2}),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
 
 
 def test_unsupported_version(converted_llama: tuple[Path, Path]) -> None:
@@ -208,4 +289,4 @@ for model in sys.argv[1:]:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=os.environ)
     assert f"accepted {converted_llama[0]}" in run.stdout
     assert f"accepted {converted_llama[1]}" not in run.stdout
-    assert "expected vLLM 0.27.0 or newer, found 0.11.0" in run.stderr.splitlines()[-1]
+    assert "expected vLLM 0.27.1 or newer, found 0.11.0" in run.stderr.splitlines()[-1]

@@ -27,7 +27,7 @@ def test_entry_point() -> None:
 
 @pytest.mark.parametrize(
     ("version", "fits"),
-    [("0.27.0", True), ("0.32.0+cpu", True), ("1.0.0", True), ("0.26.0", False), ("0.11.0", False), ("dev", True)],
+    [("0.27.1", True), ("0.32.0+cpu", True), ("1.0.0", True), ("0.27.0", False), ("0.11.0", False), ("dev", True)],
 )
 def test_versions(version: str, fits: bool) -> None:
     why = rules.unsupported(version)

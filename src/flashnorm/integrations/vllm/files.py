@@ -6,17 +6,22 @@
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
+from flashnorm.acceptance import quantizations
 from flashnorm.checkpoint.names import CheckpointPlan, StoredNames
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import weightless_norms
 from flashnorm.errors import InputError
 from flashnorm.planning import plan_checkpoint
 from flashnorm.trace.models import load_config, meta_model
+
+# What formats of quantised linears store next to their weights.
+_BESIDE_WEIGHTS = re.compile(r"(bias|scales?|scale_inv|zeros|zero_point|shape|g_idx)$")
 
 _log = logging.getLogger("vllm.flashnorm")
 
@@ -62,8 +67,6 @@ def folded_norms(checkpoint: Checkpoint, names: CheckpointPlan) -> list[str]:
 
 def check_complete(checkpoint: Checkpoint, norms: Collection[str], trust_remote_code: bool) -> None:
     """Raise `InputError` if the files lack a tensor that is none of these; vLLM does not notice an absent linear."""
-    if any("quantization" in key or "compression" in key for key in checkpoint.config):
-        return  # stored under other names
     with _plainly():
         try:
             config = load_config(checkpoint.folder, trust_remote_code)
@@ -71,13 +74,21 @@ def check_complete(checkpoint: Checkpoint, norms: Collection[str], trust_remote_
         except InputError as error:
             _log.warning("FlashNorm: whether %s is complete could not be checked (%s)", checkpoint.folder, error)
             return
-    absent = [name for name in names.absent() if name not in norms]
+    stored = _quantized_modules(checkpoint)
+    absent = [name for name in names.absent() if name not in norms and name.rpartition(".")[0] not in stored]
     if absent:
         raise InputError(
             f"{checkpoint.folder}: expected every weight but those of the folded norms, found {len(absent)} absent: "
             f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}; the checkpoint is damaged: fetch or convert "
             "it again"
         )
+
+
+def _quantized_modules(checkpoint: Checkpoint) -> set[str]:
+    """The modules whose weights are stored, under whatever name (`q_proj.weight_packed`); none if it is unquantised."""
+    if not any(quantizations(checkpoint.config)):
+        return set()
+    return {name.rpartition(".")[0] for name in checkpoint.tensors if not _BESIDE_WEIGHTS.search(name)}
 
 
 @contextlib.contextmanager

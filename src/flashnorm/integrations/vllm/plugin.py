@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flashnorm.acceptance import quantizations
 from flashnorm.checkpoint.reader import CONFIG_FILE, Checkpoint
 from flashnorm.checkpoint.state import listed_norms
 from flashnorm.errors import InputError
@@ -114,7 +115,9 @@ def _with_weightless_norms(original: Callable[..., nn.Module]) -> Callable[..., 
         if _is_marked(built.model_config.hf_config):
             checkpoint = open_files(vllm_config.load_config, built.model_config)
             listed = _listed(built.model_config)
-            if listed is None and checkpoint is not None:
+            # There is no plan of quantised weights. vLLM does not miss any of those either: absent norms stay at the
+            # identity value that it builds them with.
+            if listed is None and checkpoint is not None and not any(quantizations(checkpoint.config)):
                 listed = folded_norms(checkpoint, planned(checkpoint, built.model_config.trust_remote_code))
             if listed:
                 _fold(model, built, listed, checkpoint)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flashnorm.errors import InputError
 
-# The first release for the PyTorch that flashnorm needs.
-OLDEST = "0.27.0"
+# The oldest that is tested, which is among the first for the PyTorch that flashnorm needs.
+OLDEST = "0.27.1"
 
 # Compiler passes whose fused operators take a norm's weight, or look for one. The first is for quantised linears.
 _PASSES_WITH_WEIGHT = (
