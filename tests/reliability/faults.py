@@ -64,7 +64,9 @@ class Place:
         code = CRASHED
         shard.PIECE_BYTES = 256  # more calls, more moments
         try:
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as the command line does
+            # As the command line does, and the interpreter, unless it runs in the background of a shell.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
             armed()
             source = self.source

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import overload
 
+from flashnorm.acceptance import check_plan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.errors import InputError
 from flashnorm.hub import local_folder
@@ -94,6 +95,7 @@ def verify(
     # The plan is made afresh; only whether the head was untied is taken from the result, and it is checked against it.
     untie = _untied(result) and not _untied(original)
     plan, names = plan_checkpoint(original, untie=untie, trust_remote_code=trust_remote_code)
+    check_plan(original, plan, names)
     total = sum(info.nbytes for info in result.tensors.values())
     done = 0
 
@@ -106,14 +108,20 @@ def verify(
     weights = verify_weights(folder, converted, names, plan, advance=advance)
     outputs = None
     if not weights_only:
-        outputs = verify_outputs(
-            folder,
-            converted,
-            text=text,
-            trust_remote_code=trust_remote_code,
-            stage=stage or (lambda words: None),
-            progress=progress or (lambda done, total: None),
-        )
+        try:
+            outputs = verify_outputs(
+                folder,
+                converted,
+                text=text,
+                trust_remote_code=trust_remote_code,
+                stage=stage or (lambda words: None),
+                progress=progress or (lambda done, total: None),
+            )
+        except InputError as error:
+            if weights.ok:
+                raise
+            # The weights are other ones than they must be, and this is what comes of it.
+            outputs = OutputsReport(skipped=f"a model could not be run ({error})")
     conversion = Conversion.of(original, result, plan, names)
     return VerifyReport(str(model), str(converted), conversion, weights, outputs)
 
