@@ -9,6 +9,7 @@ from typing import overload
 
 from flashnorm.acceptance import check_plan
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.checkpoint.source_files import open_file
 from flashnorm.errors import InputError
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
@@ -128,7 +129,8 @@ def verify(
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            return file.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected a text file in UTF-8, cannot read it ({error})") from error
 
