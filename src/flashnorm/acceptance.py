@@ -50,9 +50,9 @@ def check_plan(checkpoint: Checkpoint, plan: FoldPlan, names: CheckpointPlan) ->
             f"{_kept_reasons(plan)}; there is nothing to convert"
         )
     _check_norms_present(checkpoint, names)
+    check_shapes(checkpoint, names)
     for norm in names.norms:
         _check_dtype(checkpoint, norm)
-        _check_shape(checkpoint, names, norm, norm)
     for new, source in names.untied.items():
         if source not in checkpoint.tensors:
             raise InputError(
@@ -66,9 +66,24 @@ def check_plan(checkpoint: Checkpoint, plan: FoldPlan, names: CheckpointPlan) ->
                 "checkpoint complete, and of the model that its config.json names?"
             )
         _check_dtype(checkpoint, name)
-        _check_shape(checkpoint, names, name, name)
     for name, fold in names.folds.items():
         _check_fold(checkpoint, names, name, fold)
+
+
+def check_shapes(checkpoint: Checkpoint, names: CheckpointPlan) -> None:
+    """Refuse tensors that do not fit the model that the config describes.
+
+    Raises:
+        InputError: one has another shape.
+    """
+    for name, expected in names.shapes.items():
+        source = names.untied.get(name, name)
+        info = checkpoint.tensors.get(source)
+        if info is not None and info.shape != expected:
+            raise InputError(
+                f"{checkpoint.folder / info.file}: expected {source} with shape {list(expected)}, as config.json has "
+                f"it, found {list(info.shape)}; does config.json belong to these weights?"
+            )
 
 
 def check_places(source: Path, target: Path) -> None:
@@ -118,7 +133,6 @@ def _check_fold(checkpoint: Checkpoint, names: CheckpointPlan, name: str, fold: 
             "is the checkpoint complete, and of the model that its config.json names?"
         )
     _check_dtype(checkpoint, source)
-    _check_shape(checkpoint, names, name, source)
     info = checkpoint.tensors[source]
     path = checkpoint.folder / info.file
     if not 0 <= fold.axis < len(info.shape):
@@ -142,15 +156,6 @@ def _check_fold(checkpoint: Checkpoint, names: CheckpointPlan, name: str, fold: 
         axis_gain(length, fold.gains, {use.norm: checkpoint.read_tensor(use.norm) for use in fold.gains})
     except ValueError as error:
         raise InputError(f"{path}: {source} cannot be folded: {error}") from error
-
-
-def _check_shape(checkpoint: Checkpoint, names: CheckpointPlan, name: str, source: str) -> None:
-    info, expected = checkpoint.tensors[source], names.shapes.get(name)
-    if expected is not None and info.shape != expected:
-        raise InputError(
-            f"{checkpoint.folder / info.file}: expected {source} with shape {list(expected)}, as config.json has it, "
-            f"found {list(info.shape)}; does config.json belong to these weights?"
-        )
 
 
 def _check_dtype(checkpoint: Checkpoint, name: str) -> None:

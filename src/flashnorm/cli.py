@@ -4,6 +4,7 @@ Exit status: 0 done, or verified and equal; 1 verified and found different; 2 un
 """
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -200,13 +201,21 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _quiet_transformers()
-        sys.exit(app(standalone_mode=True))
+        try:
+            app(standalone_mode=True)
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"flashnorm: {error}", file=sys.stderr)
         sys.exit(UNUSABLE)
     except DifferenceError as error:
         _console().print(error.report, highlight=False)
         sys.exit(DIFFERENT)
+    except OSError as error:
+        # Files have messages of their own: this is standard output. What is left for it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"flashnorm: the output cannot be written ({error.strerror or error})", file=sys.stderr)
+        sys.exit(UNUSABLE)
     except KeyboardInterrupt:
         print("flashnorm: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

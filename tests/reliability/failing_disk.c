@@ -15,6 +15,7 @@ static int with;
 // From now on, the call `at` fails with the error `error` (0 counts only); there is room for `bytes` bytes (-1: enough).
 void disk_fails(long at, int error, long bytes) { calls = 0, fail_at = at, with = error, room = bytes; }
 long disk_calls(void) { return calls; }
+long disk_room(void) { return room; }
 
 static int fails(void) {
     if (calls < 0 || ++calls != fail_at) return 0;

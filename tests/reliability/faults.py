@@ -53,9 +53,15 @@ class Place:
             self.whole[keep_norms] = content(target)
 
     def start(
-        self, target: Path, *, force: bool = False, keep_norms: bool = False, armed: Callable = lambda: None
+        self,
+        target: Path,
+        *,
+        force: bool = False,
+        keep_norms: bool = False,
+        armed: Callable[[], object] = lambda: None,
+        done: Callable[[], object] = lambda: None,
     ) -> int:
-        """Begin a run in a process of its own; its number."""
+        """Begin a run in a process of its own, which calls `armed` before it and `done` after it; its number."""
         # Not before it can be caught: the child must never go on as the parent.
         signal.pthread_sigmask(signal.SIG_BLOCK, SENT)
         if (process := os.fork()) > 0:
@@ -64,11 +70,14 @@ class Place:
         code = CRASHED
         shard.PIECE_BYTES = 256  # more calls, more moments
         try:
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as the command line does
+            # As the command line does, and the interpreter, unless it runs in the background of a shell.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
             armed()
             source = self.source
             convert_checkpoint(source.open(), source.plan, source.names, target, force=force, keep_norms=keep_norms)
+            done()
             code = 0
         except InputError:
             code = REFUSED
@@ -131,11 +140,27 @@ def disk() -> ctypes.CDLL:
     """The preloaded library."""
     loaded = ctypes.CDLL(None)
     loaded.disk_fails.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_long)
+    loaded.disk_room.restype = ctypes.c_long
     return loaded
+
+
+def used(place: Place) -> tuple[int, int]:
+    """How many calls that could fail an undisturbed run makes, and how many bytes it writes."""
+    read, write = os.pipe()
+    room = 1 << 40
+
+    def done() -> None:
+        os.write(write, f"{disk().disk_calls()} {room - disk().disk_room()}".encode())
+
+    process = place.start(place.fresh(True), force=True, armed=lambda: disk().disk_fails(-1, 0, room), done=done)
+    assert place.wait(process) == 0
+    calls, size = os.read(read, 100).split()
+    return int(calls), int(size)
 
 
 def calls(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
     """The call number 1, 2, 3, ... fails, up to the last; with `runs`, only some of them."""
+    last, _ = used(place)
     for force in (False, True):
         for error in (errno.ENOSPC, errno.EIO):
             at = 0
@@ -149,16 +174,16 @@ def calls(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str,
                 code = place.wait(place.start(target, force=force, armed=armed))
                 wrong = place.check(target, force, code)
                 yield f"status {code}", wrong
-                if at > LAST_CALL:
+                if at > last:
                     break
 
 
 def full(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
-    """There is room for ever more bytes."""
-    size = sum(map(len, place.whole[False].values())) * 2
+    """There is room for ever more bytes, up to enough; with `runs`, not every number of them."""
+    _, size = used(place)
     for force in (False, True):
-        step = max(1, size // max(1, runs // 2))
-        for room in range(0, size, step):
+        step = max(1, size // max(1, runs // 2)) if runs else 1
+        for room in range(0, size + step, step):
             target = place.fresh(force)
             armed = lambda room=room: disk().disk_fails(-1, 0, room)  # noqa: E731
             code = place.wait(place.start(target, force=force, armed=armed))
@@ -195,32 +220,13 @@ def pairs(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str,
         yield f"statuses {sorted(codes)}", wrong
 
 
-# How many a run makes.
-LAST_CALL = 0
 KINDS = {"calls": calls, "bytes": full, "signals": signals, "pairs": pairs}
 
 
-def count_calls(place: Place) -> int:
-    """How many calls a run makes that could fail."""
-    read, write = os.pipe()
-    target = place.fresh(True)
-    if (process := os.fork()) == 0:
-        shard.PIECE_BYTES = 256
-        loaded = disk()
-        loaded.disk_fails(-1, 0, -1)
-        source = place.source
-        convert_checkpoint(source.open(), source.plan, source.names, target, force=True)
-        os.write(write, str(loaded.disk_calls()).encode())
-        os._exit(0)
-    os.waitpid(process, 0)
-    return int(os.read(read, 20))
-
-
 def main() -> None:
-    global LAST_CALL
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--runs", type=int, default=0, help="about how many; 0, for calls: each of them")
+    parser.add_argument("--runs", type=int, default=0, help="about how many; 0: each call, each byte")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -228,8 +234,6 @@ def main() -> None:
             environment = os.environ | {"LD_PRELOAD": str(library(Path(folder)))}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
         place = Place(Path(folder))
-        if arguments.kind == "calls":
-            LAST_CALL = count_calls(place)
         counts: Counter[str] = Counter()
         failures: list[str] = []
         started = time.monotonic()

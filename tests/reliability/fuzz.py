@@ -3,6 +3,8 @@
 * `reader`: header, index or config of a sharded checkpoint, through `Checkpoint.open` and a read of every tensor.
 * `verify`: a byte of any file of a converted folder, through `verify_weights`. It must never be found the same.
 * `plan`: a value of a config, through `flashnorm.plan`.
+* `manifest`: manifest or config of a converted model, checked without its source.
+* `load`: config or index of a converted model, through `flashnorm.load`.
 
 Allowed is success or `InputError`: no other exception, no file opened outside of the folder (but Python's own), no case
 longer than its limit in seconds, no more memory than the limit. Run it by `python tests/reliability/fuzz.py --help`.
@@ -28,13 +30,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import listed_norms
-from flashnorm.convert import convert_checkpoint
+from flashnorm.convert import convert, convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.planning import plan
+from flashnorm.runtime.load import load
+from flashnorm.verify import verify
 from flashnorm.verify.weights import verify_weights
 from handmade import content, make
 
-SECONDS = {"reader": 5, "verify": 20, "plan": 120}
+SECONDS = {"reader": 5, "verify": 20, "plan": 60, "manifest": 60, "load": 60}
 MEMORY = 4 << 30
 
 ODD = [
@@ -169,11 +173,11 @@ class Verify:
 class Plan:
     """The config of a small model."""
 
+    KINDS = ("llama", "gemma3_text", "gpt2", "qwen3", "mixtral", "phi3", "olmo2", "qwen3_moe")
+
     def __init__(self, folder: Path):
         self.path = folder / "config.json"
-        self.configs = [
-            tiny.config(kind).to_json_string().encode() for kind in ("llama", "gemma3_text", "gpt2", "qwen3")
-        ]
+        self.configs = [tiny.config(kind, **tiny.EXPERTS).to_json_string().encode() for kind in self.KINDS]
 
     def attack(self, chance: random.Random) -> str:
         self.path.write_bytes(changed_json(chance.choice(self.configs), chance))
@@ -181,7 +185,57 @@ class Plan:
         return "still a plan"
 
 
-ATTACKS: dict[str, Callable[[Path], Any]] = {"reader": Reader, "verify": Verify, "plan": Plan}
+class Converted:
+    """A real model of one layer, converted, in two shards."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "converted"
+        model = tiny.model(tiny.config("qwen3", num_hidden_layers=1))
+        model.save_pretrained(folder / "source", max_shard_size=100_000)
+        convert(folder / "source", self.folder)
+        self.files = content(self.folder)
+
+    def change(self, name: str, chance: random.Random) -> None:
+        """Change a file's JSON."""
+        (self.folder / name).write_bytes(changed_json(self.files[name], chance))
+
+
+class Manifest(Converted):
+    """Only what the manifest claims of things that are not there, like the source, can change unnoticed."""
+
+    def attack(self, chance: random.Random) -> str:
+        name = chance.choice(["flashnorm.json", "config.json"])
+        self.change(name, chance)
+        try:
+            if not verify(self.folder, weights_only=True).ok:
+                return "found different"
+            if name != "flashnorm.json":
+                raise AssertionError(f"{name} was changed, and found whole")
+            return "found whole: a claim, or a remark in the manifest"
+        finally:
+            (self.folder / name).write_bytes(self.files[name])
+
+
+class Load(Converted):
+    """A config that still goes with the weights is a model's."""
+
+    def attack(self, chance: random.Random) -> str:
+        name = chance.choice(["config.json", "config.json", "model.safetensors.index.json"])
+        self.change(name, chance)
+        try:
+            load(self.folder, optimize=False)
+            return "loaded"
+        finally:
+            (self.folder / name).write_bytes(self.files[name])
+
+
+ATTACKS: dict[str, Callable[[Path], Any]] = {
+    "reader": Reader,
+    "verify": Verify,
+    "plan": Plan,
+    "manifest": Manifest,
+    "load": Load,
+}
 
 # Where opened files must be; empty while nothing is watched.
 allowed: list[str] = []
@@ -196,9 +250,13 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
             outside.append(path)
 
 
+class TooSlow(BaseException):
+    """Not an `Exception`, which would be caught where any error of a config's class is."""
+
+
 def too_slow(number: int, frame: object) -> None:
     """Stop what takes too long."""
-    raise TimeoutError("too slow")
+    raise TooSlow
 
 
 def run(kind: str, runs: int, seed: int) -> bool:
@@ -218,7 +276,7 @@ def run(kind: str, runs: int, seed: int) -> bool:
                 counts[attack.attack(random.Random(f"{seed}-{number}"))] += 1
             except InputError:
                 counts["refused"] += 1
-            except Exception as error:
+            except (Exception, TooSlow) as error:
                 failures.append(f"case {seed}-{number}: {type(error).__name__}: {str(error)[:200]}")
             finally:
                 signal.alarm(0)
@@ -246,6 +304,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     signal.signal(signal.SIGALRM, too_slow)
     used = (
         int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

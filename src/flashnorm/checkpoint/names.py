@@ -87,7 +87,7 @@ class CheckpointPlan:
         spelled_out: those that stay even so, at that value, because transformers would initialise them to another one.
         untied: new tensor -> the source tensor whose values it copies (`lm_head.weight` -> the embedding).
         parameters: norm tensor -> the module parameter that it is loaded into.
-        shapes: tensor, of those above -> the shape that the model expects.
+        shapes: tensor -> the shape that the model's code expects, of all that hold a parameter or a part of one.
     """
 
     folds: dict[str, TensorFold] = field(default_factory=dict)
@@ -182,16 +182,13 @@ def checkpoint_plan(
     gains: dict[str, list[GainUse]] = defaultdict(list)
     shifts: dict[str, list[ShiftUse]] = defaultdict(list)
     weights: dict[str, str] = {}
-    result = CheckpointPlan()
+    result = CheckpointPlan(shapes=names.shapes())
     for fold in plan.folds:
         norm = names.copies(fold.norm)[0]
         for parameter, identity in fold.leaving.items():
             for tensor in names.copies(parameter):
                 result.norms[tensor] = identity
                 result.parameters[tensor] = parameter
-        for parameter in (fold.norm, *([fold.bias] if fold.bias else [])):
-            shape = tuple(model.get_parameter(parameter).shape)
-            result.shapes.update(dict.fromkeys(names.copies(parameter), shape))
         if fold.bias and fold.bias_stays:
             result.divided.update(dict.fromkeys(names.copies(fold.bias), GainUse(norm, fold.offset)))
         size = model.get_parameter(fold.norm).numel()
@@ -203,7 +200,6 @@ def checkpoint_plan(
                 )
             for tensor, view in views.items():
                 axis, channels = _channels_along(linear, size, tensor, view)
-                result.shapes[tensor] = view.stored_shape
                 if axes.setdefault(tensor, axis) != axis:
                     raise InputError(
                         f"expected all gains of {tensor} on axis {axes[tensor]}, found axis {axis} as well"
@@ -211,9 +207,8 @@ def checkpoint_plan(
                 segments = segments_of(channels, size)
                 gains[tensor].append(GainUse(norm, fold.offset, segments))
                 if linear.bias is not None and fold.bias is not None:
-                    for bias, bias_view in _biases_beside(names, linear, tensor, view).items():
+                    for bias in _biases_beside(names, linear, tensor, view):
                         if weights.setdefault(bias, tensor) == tensor:  # else W is stored twice
-                            result.shapes[bias] = bias_view.stored_shape
                             shifts[bias].append(ShiftUse(names.copies(fold.bias)[0], segments))
     for name, stored in (tied or {}).items():
         if model.get_parameter(name) is not model.get_parameter(stored):  # else it is tied in another way as well
@@ -227,13 +222,13 @@ def checkpoint_plan(
     return replace(result, spelled_out=tuple(name for name in result.norms if result.parameters[name] in wrong))
 
 
-def _biases_beside(names: StoredNames, linear: Linear, tensor: str, weight: View) -> dict[str, View]:
+def _biases_beside(names: StoredNames, linear: Linear, tensor: str, weight: View) -> list[str]:
     """The stored biases whose elements belong, one by one, to the outputs of a stored part of a linear's weight."""
     assert linear.bias is not None
     index = weight.coordinates[1 - linear.axis]
     outputs = [along(index, dim) for dim in range(index.dim()) if constant_except(index, dim)]
     views = names.views(linear.bias)
-    found = {name: view for name, view in views.items() if any(torch.equal(o, view.coordinates[0]) for o in outputs)}
+    found = [name for name, view in views.items() if any(torch.equal(o, view.coordinates[0]) for o in outputs)]
     if not found:
         raise InputError(
             f"expected the bias {linear.bias} to be stored as the weight {linear.name} is, in {tensor}, found it "

@@ -4,6 +4,7 @@
 * Checkpoints by other tools, which carry no flag, are recognised by exactly the norms that they lack.
 """
 
+import errno
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from flashnorm.acceptance import check_shapes
 from flashnorm.checkpoint.names import checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import weightless_norms
@@ -55,6 +57,8 @@ def load(
     folder = local_folder(source)
     checkpoint = Checkpoint.open(folder)
     plan, names = plan_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    # Before Transformers reserves memory for what the config says.
+    check_shapes(checkpoint, names)
     norms = weightless_norms(checkpoint, names)
     if norms is None:
         raise InputError(
@@ -91,15 +95,33 @@ def _load(
 
     for attribute in ("__name__", "__qualname__", "__module__"):
         setattr(WithoutNormWeights, attribute, getattr(base, attribute))
-    model, info = WithoutNormWeights.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model = load_all(WithoutNormWeights, folder, **kwargs)
     model.__class__ = base
     for name, value in constants.items():
         model.get_buffer(name).fill_(value)
-    problems = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
-    if problems:
+    return model
+
+
+def load_all(base: Any, folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """A class's `from_pretrained` of a folder, with all the weights that the class has.
+
+    Raises:
+        InputError: some are absent, or Transformers cannot load them.
+        OSError: the disk is full, where weights are offloaded.
+    """
+    try:
+        model, info = base.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except Exception as error:  # whatever a config and weights that do not fit each other lead to
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # the caller knows where weights are offloaded to
         raise InputError(
-            f"{folder}: expected every weight but those of the folded norms, found {len(problems)} absent or of "
-            f"another shape: {', '.join(sorted(problems)[:3])}; the checkpoint is damaged: fetch or convert it again"
+            f"{folder}: expected a checkpoint that Transformers loads, found that it fails: {type(error).__name__}: "
+            f"{brief(error)}"
+        ) from error
+    if absent := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{folder}: expected every weight but those of folded norms, found {len(absent)} absent: "
+            f"{', '.join(absent[:3])}; the checkpoint is damaged: fetch or convert it again"
         )
     return model
 

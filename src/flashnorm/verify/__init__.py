@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import overload
 
+from flashnorm.acceptance import check_plan
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.checkpoint.source_files import open_file
 from flashnorm.errors import InputError
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
@@ -94,6 +96,7 @@ def verify(
     # The plan is made afresh; only whether the head was untied is taken from the result, and it is checked against it.
     untie = _untied(result) and not _untied(original)
     plan, names = plan_checkpoint(original, untie=untie, trust_remote_code=trust_remote_code)
+    check_plan(original, plan, names)
     total = sum(info.nbytes for info in result.tensors.values())
     done = 0
 
@@ -106,21 +109,28 @@ def verify(
     weights = verify_weights(folder, converted, names, plan, advance=advance)
     outputs = None
     if not weights_only:
-        outputs = verify_outputs(
-            folder,
-            converted,
-            text=text,
-            trust_remote_code=trust_remote_code,
-            stage=stage or (lambda words: None),
-            progress=progress or (lambda done, total: None),
-        )
+        try:
+            outputs = verify_outputs(
+                folder,
+                converted,
+                text=text,
+                trust_remote_code=trust_remote_code,
+                stage=stage or (lambda words: None),
+                progress=progress or (lambda done, total: None),
+            )
+        except InputError as error:
+            if weights.ok:
+                raise
+            # The weights are other ones than they must be, and this is what comes of it.
+            outputs = OutputsReport(skipped=f"a model could not be run ({error})")
     conversion = Conversion.of(original, result, plan, names)
     return VerifyReport(str(model), str(converted), conversion, weights, outputs)
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            return file.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected a text file in UTF-8, cannot read it ({error})") from error
 

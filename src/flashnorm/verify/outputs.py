@@ -410,6 +410,11 @@ def _tokens(tokenizer: Any, text: str | None, vocabulary: int, config: Any) -> T
             ids = tokenizer(text if text is not None else DEFAULT_TEXT)["input_ids"][:length]
         if len(ids) > 1 and max(ids) < vocabulary:
             return torch.tensor(ids)
+    if text is not None:
+        raise InputError(
+            f"expected a text of at least two tokens of the model's vocabulary, and a tokenizer, found {text[:40]!r} "
+            f"and {'none' if tokenizer is None else 'a tokenizer that does not make them of it'}; give another text"
+        )
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
 
 

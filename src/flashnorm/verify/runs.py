@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from flashnorm.errors import InputError
-from flashnorm.runtime.load import load
+from flashnorm.runtime.load import load, load_all
 from flashnorm.verify.float64 import float64_everywhere
 
 # Of running code and small tensors, in bytes.
@@ -39,8 +39,8 @@ def loaders(source: Path, converted: Path, trust_remote_code: bool) -> tuple[Loa
     """How source and converted model are loaded."""
 
     def load_source(dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        return load_all(
+            AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code, **options
         ).eval()
 
     def load_converted(dtype: torch.dtype, **options: Any) -> PreTrainedModel:
