@@ -64,7 +64,7 @@ sanitize: $(INSTALLED)
 RUNS ?= 1000
 
 attack: $(INSTALLED)
-	@for kind in reader verify plan; do $(BIN)/python tests/reliability/fuzz.py $$kind --runs $(RUNS) || exit 1; done
+	@for kind in reader verify manifest load plan; do $(BIN)/python tests/reliability/fuzz.py $$kind --runs $(RUNS) || exit 1; done
 	@for kind in calls bytes signals pairs; do $(BIN)/python tests/reliability/faults.py $$kind --runs $(RUNS) || exit 1; done
 
 lint: $(INSTALLED)

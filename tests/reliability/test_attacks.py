@@ -13,6 +13,8 @@ import pytest
     [
         ("fuzz.py", "reader", 500),
         ("fuzz.py", "verify", 30),
+        ("fuzz.py", "manifest", 20),
+        ("fuzz.py", "load", 20),
         ("fuzz.py", "plan", 4),
         ("faults.py", "calls", 20),
         ("faults.py", "bytes", 20),
