@@ -178,7 +178,8 @@ def test_quantised_after_the_conversion(results: Results, form: str) -> None:
     found = results[f"quantised{form}"]
     assert_same(found, results["quantised, norms at one"])
     # vLLM does not miss weights of quantised models: without our key the norms stay, at one.
-    assert (found["vectors"] == []) == (form not in (", plain flag", ", no flag"))
+    norms = [name for name in found["vectors"] if "norm" in name]
+    assert (norms == []) == (form not in (", plain flag", ", no flag"))
 
 
 def test_offset_norms_kept(results: Results) -> None:
@@ -239,12 +240,12 @@ def test_parallel(
 ) -> None:
     """Two workers, each with half of the model."""
     options = options | {"distributed_executor_backend": backend}
-    jobs = [
-        job(name, model, options=options) for name, model in zip(("source", "converted"), converted_llama, strict=True)
-    ]
     # One core for each.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} | (ray_on_cpu(tmp_path) if backend == "ray" else {})
-    found = run_jobs(tmp_path, jobs, timeout=900, **environment)
+    found: Results = {}
+    # A process for each model, as vLLM does not give back what it takes of Ray before its process ends.
+    for name, model in zip(("source", "converted"), converted_llama, strict=True):
+        found |= run_jobs(tmp_path, [job(name, model, options=options)], timeout=900, **environment)
     assert_same(found["converted"], found["source"])
     assert_same(found["converted"], results["llama"])
     assert found["converted"]["vectors"] == []

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             with GainProducts() as products:
                 generate(llm, **options)
             result["gain_products"] = products.count
-        parts = llm.apply_model(look)
+        # By the module's own name, as Ray's workers have another __main__.
+        parts = llm.apply_model(import_module("vllm_jobs").look)
         return result | parts[0] | {"vectors": sorted({name for part in parts for name in part["vectors"]})}
     finally:
         llm.llm_engine.engine_core.shutdown()
