@@ -38,7 +38,7 @@ from flashnorm.verify import verify
 from flashnorm.verify.weights import verify_weights
 from handmade import content, make
 
-SECONDS = {"reader": 5, "verify": 20, "plan": 60, "manifest": 60, "load": 60}
+SECONDS = {"reader": 5, "verify": 20, "plan": 120, "manifest": 60, "load": 60}
 MEMORY = 4 << 30
 
 ODD = [

@@ -22,7 +22,7 @@ from flashnorm.convert import convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.planning import plan
 from flashnorm.trace import models
-from flashnorm.trace.models import MAX_MODULES
+from flashnorm.trace.models import MAX_LAYERS
 from handmade import Handmade, content, make
 
 INDEX = "model.safetensors.index.json"
@@ -261,11 +261,12 @@ def test_other_configs_for_other_releases(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
 @pytest.mark.parametrize("part", [None, "text_config"])
-def test_more_layers_than_any_model_has(tmp_path: Path, key: str, part: str | None) -> None:
-    """Transformers would begin to make a list of them."""
-    config = {key: 10**18}
+@pytest.mark.parametrize("count", [MAX_LAYERS + 1, 10**18])
+def test_more_layers_than_any_model_has(tmp_path: Path, key: str, part: str | None, count: int) -> None:
+    """Transformers would begin to make a list of them; tracing would take hours."""
+    config = {key: count}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | ({part: config} if part else config)))
-    with pytest.raises(InputError, match=f"at most {MAX_MODULES} layers, found {key} = {10**18}"):
+    with pytest.raises(InputError, match=f"at most {MAX_LAYERS} layers, found {key} = {count}"):
         plan(tmp_path)
 
 

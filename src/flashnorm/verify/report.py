@@ -113,6 +113,9 @@ def _weights(report: WeightsReport) -> RenderableType:
     parts += [Text(f"  {finding}") for finding in report.findings[:_SHOWN]]
     if report.problems > _SHOWN:
         parts.append(Text(f"  and {report.problems - _SHOWN} more"))
+    if report.rounding and report.rounding.not_finite:
+        found = f"{report.rounding.not_finite} of {report.rounding.sampled} folded weights that were sampled"
+        parts.append(Text(f"  {found} are infinite or NaN, as the source's weights, its gains or their product are"))
     return Group(*parts)
 
 
