@@ -182,7 +182,7 @@ def main() -> NoReturn:
     try:
         _quiet_transformers()
         try:
-            app(standalone_mode=True)
+            sys.exit(app(standalone_mode=True))
         finally:
             sys.stdout.flush()
     except InputError as error:

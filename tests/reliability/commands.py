@@ -9,6 +9,7 @@ again ends with the bytes of an undisturbed one. Run it by `python tests/reliabi
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -22,8 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny
 from faults import OLD, REFUSED, SENT
+
+import tiny
 from flashnorm.checkpoint.writer import staging_folder
 from handmade import content
 
@@ -122,10 +124,8 @@ def full(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, 
                 usage = os.statvfs(place.targets)
                 # So much that less than the output finds room.
                 taken = usage.f_bavail * usage.f_frsize - chance.randint(0, size)
-                try:
+                with contextlib.suppress(OSError):  # the command was quicker
                     os.posix_fallocate(other.fileno(), 0, max(1, taken))
-                except OSError:  # the command was quicker
-                    pass
                 code = place.wait(process)
             (place.targets / "another").unlink()
             wrong = [] if code in (0, REFUSED) else [f"status {code}: {place.said[-500:]}"]

@@ -1,4 +1,4 @@
-"""What the command says to files and places that cannot be used: one message, status 2, no traceback, nothing written."""
+"""What the command says to files and places that cannot be used: one message, status 2, no traceback."""
 
 import ctypes
 import os
@@ -35,17 +35,18 @@ def without_override() -> None:
             assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0  # PR_CAPBSET_DROP
 
 
-def run(*arguments: str | Path, output: str | None = None) -> tuple[int, str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "flashnorm", *map(str, arguments)],
-        stdout=Path(output).open("w") if output else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        preexec_fn=without_override,
-        timeout=120,
-        check=False,
-    )
+def run(*arguments: str | Path, output: str = os.devnull) -> tuple[int, str]:
+    with open(output, "w") as stdout:
+        result = subprocess.run(
+            [sys.executable, "-m", "flashnorm", *map(str, arguments)],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            preexec_fn=without_override,
+            timeout=120,
+            check=False,
+        )
     assert "Traceback" not in result.stderr
     return result.returncode, result.stderr
 
