@@ -20,7 +20,7 @@ import pytest
         ("faults.py", "bytes", 20),
         ("faults.py", "signals", 10),
         ("faults.py", "pairs", 6),
-        ("commands.py", "signals", 3),
+        ("commands.py", "signals", 2),
     ],
 )
 def test_nothing_breaks(script: str, kind: str, runs: int) -> None:
