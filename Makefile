@@ -63,8 +63,13 @@ sanitize: $(INSTALLED)
 RUNS ?= 1000
 
 attack: $(INSTALLED)
-	@for kind in reader verify manifest load plan; do $(BIN)/python tests/reliability/fuzz.py $$kind --runs $(RUNS) || exit 1; done
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check atheris
+	@$(BIN)/python tests/reliability/guided.py -runs=$$((100 * $(RUNS))) -seed=0
+	@for kind in reader verify plan manifest load; do $(BIN)/python tests/reliability/fuzz.py $$kind --runs $(RUNS) || exit 1; done
 	@for kind in calls bytes signals pairs; do $(BIN)/python tests/reliability/faults.py $$kind --runs $(RUNS) || exit 1; done
+	@for kind in signals pairs; do $(BIN)/python tests/reliability/commands.py $$kind --runs 30 || exit 1; done
+	@# Root, or another that may mount a file system.
+	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python tests/reliability/commands.py full --runs 20; fi
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

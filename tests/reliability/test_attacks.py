@@ -13,13 +13,14 @@ import pytest
     [
         ("fuzz.py", "reader", 500),
         ("fuzz.py", "verify", 30),
-        ("fuzz.py", "manifest", 20),
-        ("fuzz.py", "load", 20),
-        ("fuzz.py", "plan", 4),
+        ("fuzz.py", "plan", 40),
+        ("fuzz.py", "manifest", 40),
+        ("fuzz.py", "load", 40),
         ("faults.py", "calls", 20),
         ("faults.py", "bytes", 20),
         ("faults.py", "signals", 10),
         ("faults.py", "pairs", 6),
+        ("commands.py", "signals", 2),
     ],
 )
 def test_nothing_breaks(script: str, kind: str, runs: int) -> None:
