@@ -81,7 +81,7 @@ def convert(
 ) -> None:
     """Write the FlashNorm version of a checkpoint. An interrupted run continues when it is repeated.
 
-    With --verify, exit status 1 if it is not the same model; nothing appears at OUT then.
+    With --verify, exit status 1 if it is not the same model; OUT stays as it was then.
     """
     from flashnorm.convert import convert as run
     from flashnorm.progress import progress_bar

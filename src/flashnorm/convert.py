@@ -1,7 +1,7 @@
 """A checkpoint and its fold plan in, the FlashNorm checkpoint out.
 
 * Streaming: each byte of the source is read once, each of the output written once. What is read twice: a tensor that is
-  untied, and the weight of a linear whose bias takes a norm's.
+  untied, and the weight of a linear whose bias takes a norm's; and everything, if the result is verified.
 * All or nothing: what is refused is refused before anything is written, and the target appears by one rename.
 * A conversion can be verified before it appears (`verify=True`): its model card says what was found.
 * A run that was interrupted continues where it was, and ends with the same bytes as one that was not.
@@ -231,7 +231,7 @@ def convert(
 
     Raises:
         InputError: the source or the target cannot be used, or the disk is full.
-        DifferenceError: with `verify`: the result is not the same model. There is nothing at the target then.
+        DifferenceError: with `verify`: the result is not the same model. The target is as it was then.
     """
     checkpoint = Checkpoint.open(local_folder(source))
     # What needs no model is refused before one is built.

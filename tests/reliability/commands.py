@@ -17,13 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import OLD, REFUSED, SENT
+from faults import OLD, REFUSED, SENT, Outcomes, count
 
 import tiny
 from flashnorm.checkpoint.writer import staging_folder
@@ -90,7 +88,7 @@ class Place:
         return wrong
 
 
-def signals(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
+def signals(place: Place, runs: int, chance: random.Random) -> Outcomes:
     """A signal at a random moment."""
     for number in range(runs):
         sent, old, writing = SENT[number % 3], bool(number // 3 % 2), bool(number // 6 % 2)
@@ -110,7 +108,7 @@ def signals(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[st
         yield outcome, [*wrong, *place.check(old)]
 
 
-def full(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
+def full(place: Place, runs: int, chance: random.Random) -> Outcomes:
     """Another file takes the room while the command writes."""
     size = sum(map(len, place.whole.values()))
     subprocess.run(["rm", "-rf", place.target], check=True)
@@ -134,7 +132,7 @@ def full(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, 
         subprocess.run(["umount", place.targets], check=True)
 
 
-def pairs(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
+def pairs(place: Place, runs: int, chance: random.Random) -> Outcomes:
     """Two commands at once."""
     for number in range(runs):
         old = bool(number % 2)
@@ -160,20 +158,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    counts: Counter[str] = Counter()
-    failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder))
-        started = time.monotonic()
-        for outcome, wrong in KINDS[arguments.kind](place, arguments.runs, random.Random(arguments.seed)):
-            counts[outcome] += 1
-            failures += [f"{outcome}: {problem}" for problem in wrong]
-    what = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    took = f"(seed {arguments.seed}) in {time.monotonic() - started:.0f} s"
-    print(f"commands {arguments.kind}: {counts.total()} runs {took}: {what}; {len(failures)} violations")
-    for line in failures[:10]:
-        print("  " + line)
-    sys.exit(bool(failures))
+        sys.exit(count("commands", arguments, KINDS[arguments.kind], Place(Path(folder))))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -32,6 +33,9 @@ from flashnorm.checkpoint import shard
 from flashnorm.convert import convert_checkpoint
 from flashnorm.errors import InputError
 from handmade import Handmade, content, make
+
+# What became of each run, and what is wrong with that.
+Outcomes = Iterator[tuple[str, list[str]]]
 
 REFUSED, CRASHED = 2, 99
 SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -158,7 +162,7 @@ def used(place: Place) -> tuple[int, int]:
     return int(calls), int(size)
 
 
-def calls(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
+def calls(place: Place, runs: int, chance: random.Random) -> Outcomes:
     """The call number 1, 2, 3, ... fails, up to the last; with `runs`, only some of them."""
     last, _ = used(place)
     for force in (False, True):
@@ -178,7 +182,7 @@ def calls(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str,
                     break
 
 
-def full(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
+def full(place: Place, runs: int, chance: random.Random) -> Outcomes:
     """There is room for ever more bytes, up to enough; with `runs`, not every number of them."""
     _, size = used(place)
     for force in (False, True):
@@ -190,7 +194,7 @@ def full(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, 
             yield f"status {code}", place.check(target, force, code)
 
 
-def signals(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
+def signals(place: Place, runs: int, chance: random.Random) -> Outcomes:
     """A signal after a random time."""
     target = place.fresh(False)
     started = time.monotonic()
@@ -206,7 +210,7 @@ def signals(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[st
         yield f"{sent.name}: status {code}", place.check(target, force, code)
 
 
-def pairs(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str, list[str]]]:
+def pairs(place: Place, runs: int, chance: random.Random) -> Outcomes:
     """Two runs at once."""
     for number in range(runs):
         force, other = bool(number % 2), bool(number // 2 % 2)
@@ -223,6 +227,22 @@ def pairs(place: Place, runs: int, chance: random.Random) -> Iterator[tuple[str,
 KINDS = {"calls": calls, "bytes": full, "signals": signals, "pairs": pairs}
 
 
+def count(script: str, arguments: argparse.Namespace, attack: Callable[..., Outcomes], place: Any) -> bool:
+    """Attack, print what happened and how often; whether anything of it is a violation."""
+    counts: Counter[str] = Counter()
+    failures: list[str] = []
+    started = time.monotonic()
+    for outcome, wrong in attack(place, arguments.runs, random.Random(arguments.seed)):
+        counts[outcome] += 1
+        failures += [f"{outcome}: {problem}" for problem in wrong]
+    what = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    took = f"(seed {arguments.seed}) in {time.monotonic() - started:.0f} s"
+    print(f"{script} {arguments.kind}: {counts.total()} runs {took}: {what}; {len(failures)} violations")
+    for line in failures[:10]:
+        print("  " + line)
+    return bool(failures)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
@@ -233,19 +253,7 @@ def main() -> None:
         if arguments.kind in ("calls", "bytes") and "failing_disk" not in os.environ.get("LD_PRELOAD", ""):
             environment = os.environ | {"LD_PRELOAD": str(library(Path(folder)))}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
-        place = Place(Path(folder))
-        counts: Counter[str] = Counter()
-        failures: list[str] = []
-        started = time.monotonic()
-        for outcome, wrong in KINDS[arguments.kind](place, arguments.runs, random.Random(arguments.seed)):
-            counts[outcome] += 1
-            failures += [f"{outcome}: {problem}" for problem in wrong]
-    what = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    took = f"(seed {arguments.seed}) in {time.monotonic() - started:.0f} s"
-    print(f"faults {arguments.kind}: {counts.total()} runs {took}: {what}; {len(failures)} violations")
-    for line in failures[:10]:
-        print("  " + line)
-    sys.exit(bool(failures))
+        sys.exit(count("faults", arguments, KINDS[arguments.kind], Place(Path(folder))))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_nothing_is_loaded_and_nothing_executed(report: VerifyReport) -> None:
         assert not [name for name, _ in page.attributes if name.startswith("on")]
         links = [value for name, value in page.attributes if name.split(":")[-1] in ("href", "src", "action", "data")]
         assert {link for link in links if not link.startswith("#")} == {"data:,"}
-        assert "http" not in "".join(value for _, value in page.attributes if "http-equiv" not in value)
+        assert not [value for _, value in page.attributes if "http" in value]
     assert page.text.count(NASTY) >= 10  # the second: as text, wherever it stands
 
 

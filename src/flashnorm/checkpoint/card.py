@@ -34,7 +34,8 @@ def updated_card(
         if base_model:
             front = _with_key(front, "base_model", [base_model])
     text = text.rstrip("\r\n") + "\n\n" if text.strip() else ""
-    return f"---\n{front}---\n{text}{_section(base_model, version, norms, linears)}{summary and chr(10)}{summary}"
+    summary = f"\n{summary}" if summary else ""
+    return f"---\n{front}---\n{text}{_section(base_model, version, norms, linears)}{summary}"
 
 
 def _section(base_model: str | None, version: str, norms: int, linears: int) -> str:

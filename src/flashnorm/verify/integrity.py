@@ -127,10 +127,7 @@ class IntegrityReport:
             *([Text("    and more: see --json")] if len(manifest.source_files) > _SHOWN else []),
             Text("  not known without the source:"),
             *(Text(f"  - {what}") for what in UNKNOWN),
-            _line(
-                self.ok,
-                f"[bold]{escape(self.verdict)}[/bold]",
-            ),
+            _line(self.ok, f"[bold]{escape(self.verdict)}[/bold]"),
         )
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,11 +137,6 @@ class Criterion:
     """A condition for the outputs to be called the same: what was asked, the numbers, and whether it holds."""
 
     asked: str
-    found: str
-    ok: bool
-
-
-class _Answer(TypedDict):
     found: str
     ok: bool
 
@@ -309,13 +304,15 @@ def _criteria(
     else:
         parted = f"{greedy.identical} agree, then a gap of {greedy.gap:.3g} (near tie: at most {greedy.tolerance:.3g})"
     return (
-        Criterion(
-            asked=f"in float64, the converted model is no farther from the oracle than {dtype} takes the source",
-            **_within(rounding, source, 1.0, floor),
+        _within(
+            f"in float64, the converted model is no farther from the oracle than {dtype} takes the source",
+            rounding,
+            source,
+            1.0,
+            floor,
         ),
-        Criterion(
-            asked=f"in {dtype}, it is at most {MAX_RATIO:g} times as far as the source",
-            **_within(converted, source, MAX_RATIO, floor),
+        _within(
+            f"in {dtype}, it is at most {MAX_RATIO:g} times as far as the source", converted, source, MAX_RATIO, floor
         ),
         Criterion(
             asked="greedy tokens in float32 agree, or part at a near tie of the source",
@@ -325,15 +322,16 @@ def _criteria(
     )
 
 
-def _within(run: Run, source: Run, ratio: float, floor: float) -> _Answer:
+def _within(asked: str, run: Run, source: Run, ratio: float, floor: float) -> Criterion:
     """Whether a run's KL is at most `ratio` times the source's, in the mean but for chance, and for a typical token."""
     limit, chance = max(ratio * source.kl, floor), CHANCE * standard_error(run.kl_by_token, source.kl_by_token, ratio)
     typical, typical_limit = typical_kl(run.kl_by_token, floor), ratio * typical_kl(source.kl_by_token, floor)
-    return {
-        "found": f"KL {run.kl:.3g}, at most {limit:.3g} (+ {chance:.1g} by chance); "
+    return Criterion(
+        asked=asked,
+        found=f"KL {run.kl:.3g}, at most {limit:.3g} (+ {chance:.1g} by chance); "
         f"of a typical token {typical:.3g}, at most {typical_limit:.3g}",
-        "ok": run.kl <= limit + chance and typical <= typical_limit,
-    }
+        ok=run.kl <= limit + chance and typical <= typical_limit,
+    )
 
 
 def _farthest_logits(
