@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import tiny
+from flashnorm import cli
 from flashnorm.plan import FoldPlan
 
 
@@ -121,6 +123,15 @@ def test_convert_says_what_it_did_as_json(source: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["norms"] == 5
     assert_refused(run("convert", source, tmp_path / "out"), "--force")
     assert run("convert", source, tmp_path / "out", "--force").returncode == 0
+
+
+def test_a_signal_after_the_end_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would raise while Python ends, and be printed from wherever that is."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["flashnorm", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_interrupt_is_not_a_traceback(source: Path, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def generate(
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _quiet_transformers()
         try:
@@ -219,6 +219,9 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("flashnorm: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        # All is done; while Python ends, an exception would be printed from wherever it is.
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet_transformers() -> None:
