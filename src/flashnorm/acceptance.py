@@ -51,8 +51,7 @@ def check_plan(checkpoint: Checkpoint, plan: FoldPlan, names: CheckpointPlan) ->
         )
     _check_norms_present(checkpoint, names)
     check_shapes(checkpoint, names)
-    for norm in names.norms:
-        _check_dtype(checkpoint, norm)
+    check_dtypes(checkpoint, names)
     for new, source in names.untied.items():
         if source not in checkpoint.tensors:
             raise InputError(
@@ -65,9 +64,20 @@ def check_plan(checkpoint: Checkpoint, plan: FoldPlan, names: CheckpointPlan) ->
                 f"{checkpoint.folder}: expected tensor {name}, a bias that the fold changes, found none; is the "
                 "checkpoint complete, and of the model that its config.json names?"
             )
-        _check_dtype(checkpoint, name)
     for name, fold in names.folds.items():
         _check_fold(checkpoint, names, name, fold)
+
+
+def check_dtypes(checkpoint: Checkpoint, names: CheckpointPlan) -> None:
+    """Refuse norms and weights of a dtype in which they cannot be folded.
+
+    Raises:
+        InputError: one is of another dtype.
+    """
+    changed = (*names.norms, *names.divided, *names.biases, *(names.untied.get(name, name) for name in names.folds))
+    for name in changed:
+        if name in checkpoint.tensors:
+            _check_dtype(checkpoint, name)
 
 
 def check_shapes(checkpoint: Checkpoint, names: CheckpointPlan) -> None:
@@ -132,7 +142,6 @@ def _check_fold(checkpoint: Checkpoint, names: CheckpointPlan, name: str, fold: 
             f"{checkpoint.folder}: expected tensor {source}, into which a norm folds, found none; "
             "is the checkpoint complete, and of the model that its config.json names?"
         )
-    _check_dtype(checkpoint, source)
     info = checkpoint.tensors[source]
     path = checkpoint.folder / info.file
     if not 0 <= fold.axis < len(info.shape):

@@ -87,9 +87,10 @@ def test_verify(smollm2: Path, converted: Path, capsys: pytest.CaptureFixture) -
     assert outputs.greedy is not None
     assert outputs.greedy.identical == 64
     assert outputs.ratio < 2
-    assert outputs.rounding_kl < 1e-4
+    assert outputs.rounding is not None
+    assert outputs.rounding.kl < 1e-4
     with capsys.disabled():
-        print(f"\nSmolLM2-135M bf16: KL ratio {outputs.ratio:.2f}, fold's own rounding {outputs.rounding_kl:.2e}")
+        print(f"\nSmolLM2-135M bf16: KL ratio {outputs.ratio:.2f}, fold's own rounding {outputs.rounding.kl:.2e}")
 
 
 def test_one_flipped_bit(smollm2: Path, converted: Path, tmp_path: Path) -> None:
