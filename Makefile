@@ -22,13 +22,14 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test browser test-vllm test-vllm-quick test-evals evals architectures sanitize attack lint format bench clean
+.PHONY: demo test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures sanitize attack lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
 # With CI set, on a machine to be thrown away, a browser is installed for the test of the report; elsewhere, without one, it is skipped.
 test: lint $(if $(CI),browser)
+	$(if $(CI),@$(MAKE) --no-print-directory test-vllm-quick)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 browser:
@@ -39,6 +40,9 @@ test-vllm: $(VLLM_INSTALLED)
 
 test-vllm-quick: $(VLLM_INSTALLED)
 	@$(VLLM_VENV)/bin/python -m pytest tests/integrations/test_vllm.py
+
+vllm-architectures: $(VLLM_INSTALLED)
+	@PYTHONPATH=tests $(VLLM_VENV)/bin/python tests/integrations/vllm_sweep.py
 
 test-evals: $(EVALS_INSTALLED)
 	@OMP_NUM_THREADS=1 $(EVALS_VENV)/bin/python -m pytest tests/integrations/test_lm_eval.py

