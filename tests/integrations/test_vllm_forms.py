@@ -81,16 +81,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     for name in ("llama", "gemma3_text", "qwen3"):
         flashnorm.convert(source(folder, name), folder / f"{name}-flashnorm")
-    llama, folded, gemma = folder / "llama", folder / "llama-flashnorm", folder / "gemma3_text"
+    llama, folded = folder / "llama", folder / "llama-flashnorm"
     add("llama", llama)
     flashnorm.convert(llama, folder / "kept", keep_norms=True)
     add("kept", folder / "kept")
+    for model_type in ("qwen3", "gemma3_text"):
+        add(model_type, folder / model_type)
+        converted = folder / f"{model_type}-flashnorm"
+        add(f"{model_type}, converted", converted)
+        add(f"{model_type}, no flag", config_changed(converted, folder / f"{model_type}, no flag", no_flag))
     for name, change in (("plain flag", plain_flag), ("no flag", no_flag)):
         add(name, config_changed(folded, folder / name, change))
         add(f"{name}, kept", config_changed(folder / "kept", folder / f"{name}, kept", change))
-    flashnorm.convert(gemma, folder / "gemma kept", keep_norms=True)
-    for name, model in (("gemma", gemma), ("gemma converted", folder / "gemma3_text-flashnorm")):
-        add(name, model)
+    flashnorm.convert(folder / "gemma3_text", folder / "gemma kept", keep_norms=True)
     add("gemma kept", folder / "gemma kept")
     add("reloaded", folded, steps=["reload"])
     add("reloaded without flag", folder / "no flag", steps=["reload"])
@@ -134,13 +137,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for name, base in (("adapter", str(folded)), ("foreign adapter", str(llama))):
         options = {"enable_lora": True, "max_lora_rank": 8}
         add(name, folded, options=options, adapter=str(make_adapter(folder / name, base)))
-    # Last, as no other model can be built in its process.
-    add(
-        "ngram",
-        folded,
-        options={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-    )
-    return run_jobs(folder, jobs, timeout=3000)
+    add("head", folded, options=speculation("eagle", llama))
+    found = run_jobs(folder, jobs, timeout=3000)
+    for name, options in (
+        ("ngram", speculation("ngram", prompt_lookup_max=2)),
+        ("independent draft", speculation("draft_model", folded)),
+    ):
+        # After it no other model can be built in its process.
+        found |= run_jobs(folder, [job(name, folded, options=options)], timeout=300)
+    return found
+
+
+def speculation(method: str, draft: Path | None = None, **more: Any) -> dict[str, Any]:
+    """vLLM's options for speculative decoding of two tokens."""
+    model = {} if draft is None else {"model": str(draft)}
+    return {"speculative_config": {"method": method, "num_speculative_tokens": 2} | model | more}
 
 
 def make_adapter(folder: Path, base: str) -> Path:
@@ -184,13 +195,23 @@ def test_quantised_after_the_conversion(results: Results, form: str) -> None:
 
 
 def test_offset_norms_kept(results: Results) -> None:
-    assert_same(results["gemma kept"], results["gemma"])
-    assert results["gemma kept"]["vectors"] == results["gemma converted"]["vectors"]
+    assert_same(results["gemma kept"], results["gemma3_text"])
+    assert results["gemma kept"]["vectors"] == results["gemma3_text, converted"]["vectors"]
     assert results["gemma kept"]["classes"]["WeightlessGemmaRMSNorm"] == 4
 
 
-def test_speculative_decoding_without_a_head(results: Results) -> None:
-    assert results["ngram"]["tokens"] == results["llama"]["tokens"]
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_no_flag_where_norms_stay(results: Results, model_type: str) -> None:
+    """As the published checkpoints are: norms that are rotated after, or added, are in the files."""
+    assert_same(results[f"{model_type}, no flag"], results[model_type])
+    assert results[f"{model_type}, no flag"]["vectors"] == results[f"{model_type}, converted"]["vectors"]
+    assert 0 < len(results[f"{model_type}, converted"]["vectors"]) < len(results[model_type]["vectors"])
+
+
+@pytest.mark.parametrize("draft", ["ngram", "independent draft"])
+def test_speculative_decoding_without_a_head(results: Results, draft: str) -> None:
+    assert "error" not in results[draft], results[draft]
+    assert results[draft]["tokens"] == results["llama"]["tokens"]
 
 
 def test_dummy_weights(results: Results) -> None:
@@ -212,6 +233,7 @@ def test_dummy_weights(results: Results) -> None:
         ("unnamed norm", f"found 1 absent: {NORM}"),
         ("unknown norm", "expected the norm a.b in vLLM's LlamaForCausalLM, found none of this name"),
         ("another version", "expected version 1 of the flashnorm key, found 2"),
+        ("head", "the gain of model.norm.weight, whose output it would read"),
         ("pooled", "the gain of model.norm.weight, whose output would be pooled"),
         ("tensorizer", "found --load-format tensorizer"),
         ("foreign adapter", "expected an adapter for"),
