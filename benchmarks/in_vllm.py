@@ -2,7 +2,8 @@
 
 * The same vLLM, the same options; the two take turns, each start in a process of its own, `--starts` times.
 * Per start, after a warm-up: tokens a second of a batch of prompts, milliseconds a token of a single one, and seconds
-  to the first token of a long prompt. Medians over the starts, the range, and the ratio to the source.
+  to the first token of a long prompt, each the median of five. Medians over the starts, the range, and the ratio to
+  the source.
 
     python benchmarks/in_vllm.py [--model FOLDER] [--dtype bfloat16|float32] [--starts N] [--eager]
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH, PROMPT, DECODED, LONG = 16, 64, 64, 1024
+REPEATS = 5
 COLUMNS = {
     "throughput": f"tokens/s ({BATCH} prompts of {PROMPT}, {DECODED} after each)",
     "latency": "ms a token (1 prompt)",
@@ -56,11 +58,15 @@ def measure(folder: str, dtype: str, eager: bool) -> dict[str, Any]:
 
     for shape in ((BATCH, PROMPT, 4), (1, PROMPT, 4), (1, LONG, 1)):
         seconds(*shape, seed=0)
-    one, whole = (seconds(1, PROMPT, after, seed=1) for after in (1, DECODED))
+
+    def median(prompts: int, tokens: int, after: int) -> float:
+        return statistics.median(seconds(prompts, tokens, after, seed=1 + repeat) for repeat in range(REPEATS))
+
+    one, whole = (median(1, PROMPT, after) for after in (1, DECODED))
     return {
-        "throughput": BATCH * DECODED / seconds(BATCH, PROMPT, DECODED, seed=2),
+        "throughput": BATCH * DECODED / median(BATCH, PROMPT, DECODED),
         "latency": 1000 * (whole - one) / (DECODED - 1),
-        "first": statistics.median(seconds(1, LONG, 1, seed=3 + repeat) for repeat in range(3)),
+        "first": median(1, LONG, 1),
         "versions": f"vLLM {vllm.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores",
     }

@@ -47,7 +47,7 @@ SIZES = {
 }
 LATENT = {"head_dim": 64}
 BESIDES: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True},
     "deepseek_v2": {"n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc"},
     "falcon": {"ffn_hidden_size": 512},
