@@ -155,7 +155,7 @@ def read_table() -> dict[str, list[str]]:
     """The rows that the table has."""
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
     rows = [[cell.strip() for cell in line[2:-1].split(" |", len(HEADINGS) - 1)] for line in lines if line[:2] == "| "]
-    return {row[0]: row for row in rows if row[0] != HEADINGS[0]}
+    return {row[0]: row for row in rows if row[0] not in (HEADINGS[0], "---")}
 
 
 def write_table(rows: dict[str, list[str]]) -> None:
