@@ -67,8 +67,8 @@ A tiny model of every language model type that both Transformers and vLLM know, 
 in float32; `make vllm-architectures` writes this table. The converted checkpoint runs in the same vLLM as its source.
 
 * *vectors* of norms that vLLM has as parameters for the source, and how many are *gone* in the converted model.
-* *difference*: the largest, of the log-probabilities of the best few tokens, over 48 generated tokens; "< 1e-04" in rows
-  of an earlier version of the command, which held it against that limit and did not print it.
+* *difference*: the largest, of the log-probabilities of the best few tokens, over 48 generated tokens; "< 1e-04" in
+  rows of an earlier version of the command, which held it against that limit and did not print it.
 * *same*: all tokens are identical, and the difference is at most 1e-3; random weights amplify the rounding of float32.
 * *nothing folds*: the checkpoint stays as it is. *refused*: with the reason. *not run*: there is no tiny model, or vLLM
   itself does not run it on this machine: what it says of the source.
