@@ -27,7 +27,8 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
-# With CI set, on a machine to be thrown away, a browser is installed for the test of the report; elsewhere, without one, it is skipped.
+# With CI set, on a machine to be thrown away, the essentials run in vLLM as well, and a browser is installed for the test of the
+# report, which is skipped where there is none.
 test: lint $(if $(CI),browser)
 	$(if $(CI),@$(MAKE) --no-print-directory test-vllm-quick)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)

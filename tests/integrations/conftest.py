@@ -135,13 +135,13 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
     """The largest difference of a log-probability, of the tokens that are among the best few of both at a place."""
-    largest = 0.0
+    differences = []
     for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
         for at, (our, their) in enumerate(zip(ours, theirs, strict=True)):
             shared = our.keys() & their.keys()
             assert len(shared) >= 4, (at, our, their)  # the fifth and sixth may be equal
-            largest = max([largest, *(abs(our[token] - their[token]) for token in shared)])
-    return largest
+            differences += [abs(our[token] - their[token]) for token in shared]
+    return torch.tensor(differences).max().item()  # NaN, if there is one
 
 
 @pytest.fixture(scope="session")

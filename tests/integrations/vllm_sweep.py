@@ -18,12 +18,12 @@ from typing import Any
 from unittest.mock import patch
 
 import vllm
-from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.model_executor.models.registry import ModelRegistry
 
 import flashnorm
 from architectures import causal, configs
 from flashnorm.errors import brief
-from flashnorm.trace.models import model_class
 from integrations.conftest import difference, job, vllm_environment
 
 TABLE = Path(__file__).parents[2] / "docs" / "vllm-architectures.md"
@@ -47,19 +47,17 @@ SIZES = {
 }
 LATENT = {"head_dim": 64}
 BESIDES: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v2": {"n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc"},
     "falcon": {"ffn_hidden_size": 512},
     "glm4_moe": {"head_dim": 64},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "granitemoehybrid": {"mamba_d_head": 32},
-    "hy_v3": {"first_k_dense_replace": 1},
-    "lfm2": {"conv_dim": 128, "conv_dim_out": 128},
-    "llama4_text": {"attention_chunk_size": 128},
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 32, "route_norm": True, "qk_norm": True},
+    "lfm2": {"conv_dim": 128, "block_dim": 128, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0},
+    "llama4_text": {"attention_chunk_size": 128, "num_experts_per_tok": 1},
     "mamba2": {"num_heads": 4},
-    "minimax_m2": {"rotary_dim": 64},
 }
 
 EXPLANATION = """\
@@ -67,8 +65,7 @@ A tiny model of every language model type that both Transformers and vLLM know, 
 in float32; `make vllm-architectures` writes this table. The converted checkpoint runs in the same vLLM as its source.
 
 * *vectors* of norms that vLLM has as parameters for the source, and how many are *gone* in the converted model.
-* *difference*: the largest, of the log-probabilities of the best few tokens, over 48 generated tokens; "< 1e-04" in
-  rows of an earlier version of the command, which held it against that limit and did not print it.
+* *difference*: the largest, of the log-probabilities of the best few tokens, over 48 generated tokens.
 * *same*: all tokens are identical, and the difference is at most 1e-3; random weights amplify the rounding of float32.
 * *nothing folds*: the checkpoint stays as it is. *refused*: with the reason. *not run*: there is no tiny model, or vLLM
   itself does not run it on this machine: what it says of the source.
@@ -91,13 +88,9 @@ HEADINGS = ["type", "vectors", "gone", "difference", "result", "note"]
 
 
 def model_types() -> list[str]:
-    """The causal language model types whose class vLLM has a model of its own for."""
-    found = []
-    for model_type in causal.model_types():
-        with contextlib.suppress(Exception):
-            if model_class(configs.tiny_config(model_type)).__name__ in _TEXT_GENERATION_MODELS:
-                found.append(model_type)
-    return found
+    """The causal language model types whose class vLLM knows."""
+    known = ModelRegistry.get_supported_archs()
+    return sorted(name for name, of_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if of_class in known)
 
 
 def examine(model_type: str, folder: Path) -> Row:
@@ -124,7 +117,8 @@ def examine(model_type: str, folder: Path) -> Row:
     # Everything that is taken away is a vector of a norm.
     norms = {name for name in source["vectors"] if "norm" in name or "ln_" in name}
     if "error" in converted:
-        return Row(model_type, str(len(norms)), result=REFUSED, note=converted["error"])
+        refused = converted["error"].startswith("InputError: ")
+        return Row(model_type, str(len(norms)), result=REFUSED if refused else WRONG, note=converted["error"])
     gone = set(source["vectors"]) - set(converted["vectors"])
     try:
         largest = difference(converted, source)
@@ -174,8 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="replace the rows of these alone")
     types = parser.parse_args().types
-    rows = read_table() if types else {}
-    for model_type in types or model_types():
+    known = model_types()
+    rows = {name: row for name, row in read_table().items() if name in known}
+    for model_type in types or known:
         with tempfile.TemporaryDirectory() as scratch:
             row = examine(model_type, Path(scratch))
         print(*astuple(row), sep="  ", flush=True)
