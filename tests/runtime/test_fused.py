@@ -98,7 +98,7 @@ def test_a_head_that_computes_something_else_is_refused() -> None:
 def test_layers_of_different_sizes_are_refused() -> None:
     model: Any = build("llama")
     model.model.layers[2].mlp = build("llama", intermediate_size=80).model.layers[2].mlp  # type: ignore[union-attr]
-    with pytest.raises(UnsupportedError, match="gate of layer 2 to have the shape"):
+    with pytest.raises(UnsupportedError, match="layer 2: expected gate to have the shape"):
         read_decoder(model)
 
 

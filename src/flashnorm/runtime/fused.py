@@ -36,15 +36,19 @@ class FusedDecoder:
         self._capacity = 0
         self.read(decoder)
 
+    def fits(self, decoder: Decoder) -> bool:
+        """Whether this decoder can take the other's place: what is cached is of the same layers, sizes and dtype."""
+        return _cached(decoder) == _cached(self._decoder)
+
     def read(self, decoder: Decoder) -> None:
-        """Use the weights of this decoder, of the same sizes, from now on. What is in the cache stays."""
+        """Use the weights of this decoder, which must fit, from now on. What is in the cache stays."""
         self._decoder, self._keep = decoder, []
         self._layers = (native.Layer * len(decoder.layers))()
         for layer, weights in zip(self._layers, decoder.layers, strict=True):
             native.fill(layer, vars(weights), self._keep)
             layer.window, layer.rotate = weights.window or 0, weights.rotates
-        for at, (keys, values) in enumerate(self._cache):
-            self._layers[at].keys, self._layers[at].values = keys.data_ptr(), values.data_ptr()
+        for layer, (keys, values) in zip(self._layers, self._cache, strict=False):
+            _point_to(layer, keys, values)
         self._model = native.Model(
             layers=self._layers,
             layer_count=len(self._layers),
@@ -52,6 +56,7 @@ class FusedDecoder:
             final_gain=native.address(decoder.final_gain, self._keep),
             final_norm=1,
             capacity=self._capacity,
+            cache_texts=len(self._lengths),
             **native.sizes(decoder.layers[0], decoder.settings, 2 * decoder.tables(0, 1)[0].shape[1]),
         )
         self._cos, self._sin = decoder.tables(0, self._capacity)
@@ -75,6 +80,7 @@ class FusedDecoder:
         if texts != len(self._lengths):
             self._cache, self._capacity = [], 0
         self._lengths = torch.zeros(texts, dtype=torch.int32)
+        self._model.cache_texts = texts
 
     def truncate(self, length: int) -> None:
         """Forget what comes after the first `length` tokens of each text."""
@@ -118,6 +124,7 @@ class FusedDecoder:
             past=past.data_ptr(),
             texts=texts,
             tokens=tokens,
+            positions=len(self._cos),
             first_text=first_text,
             logits=logits.data_ptr(),
             logit_rows=rows,
@@ -145,9 +152,20 @@ class FusedDecoder:
                 self._cache[at] = keys, values
             else:
                 self._cache.append((keys, values))
-            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+            _point_to(layer, keys, values)
         self._model.capacity = self._capacity = capacity
         self._cos, self._sin = self._decoder.tables(0, capacity)
+
+
+def _point_to(layer: native.Layer, keys: Tensor, values: Tensor) -> None:
+    layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+    layer.cache_bytes = min(native.memory_of(keys), native.memory_of(values))
+
+
+def _cached(decoder: Decoder) -> tuple[object, ...]:
+    """What a cache is of."""
+    settings = decoder.settings
+    return len(decoder.layers), settings.kv_heads, settings.head_dim, decoder.head.dtype
 
 
 def check_supported(decoder: Decoder) -> None:

@@ -3,114 +3,147 @@
 * Masks, caches and attention stay Transformers' own, so batches, padding, beams, static caches and assisted decoding
   work as ever.
 * A layer's weights are looked up in each call, so what is done to them counts.
-* Where a layer is no longer what was proven (a hook, an adapter, another module, gradients), its own code runs.
+* What is handed to a layer is taken by name. Where there is anything that is not known, and where a layer is no longer
+  what was proven (a hook, an adapter, another module, gradients), its own code runs, and a remark says so.
 """
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import output_capturing
+from torch import Tensor
 
+from flashnorm.compat import generation
 from flashnorm.runtime import ops
 from flashnorm.runtime.deferred import LayerSettings, LayerWeights
+from flashnorm.runtime.guard import Guard, Substitute, remark
 from flashnorm.runtime.kernels import native
-from flashnorm.runtime.structure import read_layer
+from flashnorm.runtime.structure import LayerSizes, UnsupportedError, layer_problem, read_layer
+
+_KNOWN = frozenset({"attention_mask", "position_embeddings", *generation.FOR_ATTENTION, *generation.CACHES})
 
 
-class Structure:
-    """A module's submodules as they were proven; whether they still are the same ones, doing what they did."""
+class Rotation:
+    """The rotary tables of a forward, as the kernels read them; all layers of a model share them, and this."""
 
-    def __init__(self, module: nn.Module):
-        self._module = module
-        self._parts = [
-            (parent, name, child, type(child))
-            for parent in module.modules()
-            for name, child in parent._modules.items()
-            if child is not None
-        ]
+    def __init__(self) -> None:
+        # In one piece, as threads may run the same model at once.
+        self._last: tuple[Any, tuple[int, ...], tuple[Tensor, Tensor] | None] = None, (), None
 
-    def holds(self) -> bool:
-        """Whether nothing below the module was replaced, hooked, patched or put into training mode."""
-        return not self._module.training and all(
-            parent._modules.get(name) is child and type(child) is kind and not _interferes(child)
-            for parent, name, child, kind in self._parts
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_last": (None, (), None)}
 
+    def halves(self, tables: Any, batch: int, tokens: int, rotary: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of each token, `[batch tokens, rotary / 2]`, in float32.
 
-def _interferes(module: nn.Module) -> bool:
-    """Whether someone wants to see or change what a module computes."""
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or module.training:
-        return True
-    if module._forward_hooks and not all(map(_idle, module._forward_hooks.values())):
-        return True
-    forward = vars(module).get("forward")
-    return forward is not None and not isinstance(forward, FusedForward)
+        Args:
+            tables: what a layer is given as position embeddings: both, `[1 or batch, tokens, rotary]`.
+            rotary: how many channels of a head are rotated.
 
-
-def _idle(hook: Any) -> bool:
-    """Transformers leaves its hooks for `output_attentions` where they are, when attentions are no longer wanted."""
-    if getattr(hook, "__module__", None) != output_capturing.__name__:
-        return False
-    return not set(output_capturing._active_collector.get() or ()) - {"hidden_states"}
+        Returns:
+            None if they are anything else, or their two halves differ.
+        """
+        sizes = batch, tokens, rotary
+        last = self._last
+        if last[0] is tables and last[1] == sizes:
+            return last[2]
+        halves = _halves(tables, *sizes)
+        self._last = tables, sizes, halves
+        return halves
 
 
-class FusedForward:
+def _halves(tables: Any, batch: int, tokens: int, rotary: int) -> tuple[Tensor, Tensor] | None:
+    if not isinstance(tables, tuple) or len(tables) != 2:
+        return None
+    halves = []
+    for table in tables:
+        if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[1:] != (tokens, rotary):
+            return None
+        first, second = table.chunk(2, -1)
+        if not torch.equal(first, second):
+            return None
+        halves.append(first.expand(batch, -1, -1).reshape(batch * tokens, -1).float())
+    return halves[0], halves[1]
+
+
+class FusedForward(Substitute):
     """A decoder layer's `forward`.
 
     Args:
-        layer: as it is in the model.
+        layer: as it is in the model, and was proven.
         config: the model's.
         index: of the layer.
-        settings: as `structure.read_decoder` found them.
+        settings, sizes: as `structure.read_decoder` found them.
+        rotation: what the layers of the model share.
     """
 
-    def __init__(self, layer: Any, config: Any, index: int, settings: LayerSettings):
-        self._layer, self._config, self._index, self._settings = layer, config, index, settings
-        self._structure, self._attention = Structure(layer), layer.self_attn
+    def __init__(
+        self, layer: Any, config: Any, index: int, settings: LayerSettings, sizes: LayerSizes, rotation: Rotation
+    ):
+        self._layer, self._config, self._index = layer, config, index
+        self._settings, self._sizes, self._rotation = settings, sizes, rotation
+        self._guard = Guard(layer, calls_root=True)
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The same arguments and result as the layer's own."""
-        weights, attention = self._weights(hidden_states), self._attention_function()
-        if args or weights is None or attention is None:
-            return type(self._layer).forward(self._layer, hidden_states, *args, **kwargs)  # type: ignore[operator]
-        return self._forward(hidden_states, weights, attention, **kwargs)
+        if torch.compiler.is_compiling():  # a compiler fuses in its own way, and sees all that it needs
+            return type(self._layer).forward(self._layer, *args, **kwargs)
+        ready = self._ready(args, kwargs)
+        if not isinstance(ready, str):
+            return self._forward(args[0], *ready, kwargs)
+        remark("a decoder layer runs its own code", ready)
+        return type(self._layer).forward(self._layer, *args, **kwargs)
 
-    def _weights(self, x: Tensor) -> LayerWeights | None:
-        """None where the kernels are not to be used."""
-        if not self._structure.holds() or x.device.type != "cpu":
-            return None
-        weights = read_layer(self._layer, self._config, self._index)
-        if weights.q.dtype != x.dtype or x.dtype not in native.DTYPES or weights.q.device != x.device:
-            return None
-        wanted = torch.is_grad_enabled() and (
-            x.requires_grad or any(parameter.requires_grad for parameter in self._layer.parameters())
-        )
-        return None if wanted else weights
+    def problem(self) -> str | None:
+        """Why the layer's own code would run, whatever the arguments; None if the kernels would."""
+        found = self._weights()
+        return found if isinstance(found, str) else None
 
-    def _attention_function(self) -> Callable[..., Any] | None:
-        """Transformers' own, as configured; an eager one is written where the layer is."""
-        module = sys.modules[type(self._attention).__module__]
-        eager: Any = getattr(module, "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, eager)
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | str:
+        """Weights, cosines and sines, and the name of the cache; or why the kernels are not to be used."""
+        if len(args) != 1 or not isinstance(args[0], Tensor):
+            return f"expected one positional argument, found {len(args)}"
+        if unknown := kwargs.keys() - _KNOWN:
+            return f"it was handed {', '.join(sorted(unknown))}, which this version of flashnorm does not know"
+        x, caches = args[0], [name for name in generation.CACHES if kwargs.get(name) is not None]
+        if len(caches) > 1:
+            return f"it was handed two caches, {' and '.join(caches)}"
+        weights = self._weights()
+        if isinstance(weights, str):
+            return weights
+        if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != weights.q.dtype:
+            return f"expected activations of the weights' dtype on the CPU, found {x.dtype} on {x.device}"
+        if x.dtype not in native.DTYPES:
+            return f"expected float32, bfloat16 or float16, found {x.dtype}"
+        if x.dim() != 3 or x.shape[-1] != self._sizes.hidden:
+            return f"expected activations of three dimensions, found {tuple(x.shape)}"
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._layer.parameters())):
+            return "gradients are wanted"
+        tables = self._rotation.halves(kwargs.get("position_embeddings"), *x.shape[:2], self._sizes.rotary)
+        if tables is None:
+            return "expected rotary tables of two equal halves, found others"
+        return weights, *tables, caches[0] if caches else None
+
+    def _weights(self) -> LayerWeights | str:
+        """What the layer holds now; or why it is not to be used."""
+        if (reason := self._guard.change()) is not None:
+            return reason
+        try:
+            weights = read_layer(self._layer, self._config, self._index)
+        except UnsupportedError as error:
+            return str(error)
+        return layer_problem(weights, self._sizes) or weights
 
     def _forward(
         self,
         x: Tensor,
         weights: LayerWeights,
-        attention: Callable[..., Any],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
+        cos: Tensor,
+        sin: Tensor,
+        cache: str | None,
+        given: dict[str, Any],
     ) -> Tensor:
-        settings, (batch, tokens, hidden) = self._settings, x.shape
-        assert position_embeddings is not None
-        half = position_embeddings[0].shape[-1] // 2
-        cos, sin = (table[..., :half].expand(batch, tokens, half).reshape(-1, half) for table in position_embeddings)
+        settings, (batch, tokens, hidden), attention = self._settings, x.shape, self._layer.self_attn
+        handed = {name: value for name, value in given.items() if name in generation.FOR_ATTENTION}
         rows = x.reshape(-1, hidden)
         projected = ops.attention_inputs(
             rows,
@@ -125,18 +158,19 @@ class FusedForward:
         )
         heads = projected.view(batch, tokens, -1, settings.head_dim).transpose(1, 2)
         q, k, v = heads.split([settings.heads, settings.kv_heads, settings.kv_heads], 1)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self._attention.layer_idx)
-        attended, _ = attention(
-            self._attention,
+        if cache is not None:
+            k, v = generation.update_cache(cache, given[cache], k, v, attention.layer_idx, handed)
+        window = {} if weights.window is None else {"sliding_window": weights.window}
+        attended, _ = generation.attention_function(attention, self._config)(
+            attention,
             q,
             k,
             v,
-            attention_mask,
+            given.get("attention_mask"),
             dropout=0.0,
             scaling=settings.attention_scale,
-            sliding_window=weights.window,
-            **kwargs,
+            **window,
+            **handed,
         )
         return ops.after_attention(
             rows,

@@ -99,6 +99,7 @@ def attention_inputs(
         past=past.data_ptr(),
         texts=1,
         tokens=len(rows),
+        positions=len(tables[0]),
         projected=projected.data_ptr(),
     )
     native.run(model, call, native.ATTENTION_INPUTS)

@@ -1,38 +1,37 @@
-"""`flashnorm.optimize`: a Transformers model that runs on the fused kernels.
+"""`flashnorm.optimize`: a Transformers model that runs on the fused kernels, and `status`, which tells what does.
 
 * Its decoder layers use the kernels inside Transformers' own forward (`layers.py`), whatever is asked of them.
-* `generate`, where it is one token after the other, is a loop over `FusedDecoder` with a cache of its own.
-  Transformers' `generate` does the rest as always (options, logits processors, stopping criteria, streamers), and runs
-  its own loop where ours does not apply: beams, assistants, caches that the caller holds, hidden states as outputs.
+* `generate`, where it is one token after the other, is a loop over all layers at once (`generate.py`).
+* What is put into a model is proven first, on that model and with the versions that are installed (`structure.py`,
+  `proof.py`), and asks before each use whether the model still is what was proven (`guard.py`).
 """
 
-import copy
-import functools
 import mmap
-import threading
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 
-from flashnorm.runtime.fused import FusedDecoder, check_supported
-from flashnorm.runtime.layers import FusedForward, Structure
-from flashnorm.runtime.structure import UnsupportedError, find_decoder, read_decoder
+from flashnorm.runtime.fused import check_supported
+from flashnorm.runtime.generate import Generate
+from flashnorm.runtime.guard import Substitute
+from flashnorm.runtime.layers import FusedForward, Rotation
+from flashnorm.runtime.proof import prove
+from flashnorm.runtime.structure import Decoder, UnsupportedError, find_decoder, kinds_of_layers, read_decoder
 
-_LOOPS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# What Transformers may hand to the loop besides, and the loop knows what it means.
-_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+_REPLACED = "what flashnorm.optimize had put there was replaced"
 
 
 def optimize(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model run on the fused kernels, where they apply; otherwise it stays as it is, with a warning.
 
-    A layer of each kind is first run next to the formula that the kernels implement, and must agree. Weights stay the
-    model's parameters, and are moved once into memory of large pages. Folded and unfolded models are equally fast: the
-    kernels apply a gain that is left while they read the activations.
+    A layer of each kind is first run next to the formula that the kernels implement, and a small copy of the model in
+    all the ways in which people run it; each must agree. Weights stay the model's parameters, and are moved once into
+    memory of large pages. Folded and unfolded models are equally fast: the kernels apply a gain that is left while they
+    read the activations.
 
     Args:
         model: in memory, on the CPU, with float32, bfloat16 or float16 weights. It is put into evaluation mode.
@@ -48,17 +47,107 @@ def optimize(model: PreTrainedModel) -> PreTrainedModel:
 def optimize_if_supported(model: PreTrainedModel) -> str | None:
     """`optimize` without a warning: why the model is left as it is, or None if it is not."""
     model.eval()
+    restore(model)
     try:
-        decoder = read_decoder(model)
-        check_supported(decoder)
+        decoder, refusal = _proven(model)
     except UnsupportedError as reason:
         return str(reason)
     _move_to_large_pages(model)
-    layers: Any = model.base_model.layers
-    for index, layer in enumerate(layers):
-        vars(layer)["forward"] = FusedForward(layer, model.config, index, decoder.settings)
-    vars(model)["generate"] = Generate(model)
+    install(model, decoder, refusal)
     return None
+
+
+def _proven(model: PreTrainedModel) -> tuple[Decoder, str | None]:
+    """A model's decoder, and why its `generate` keeps Transformers' loop, if it does.
+
+    Raises:
+        UnsupportedError: the kernels do not compute what the model's own code computes.
+    """
+    decoder = read_decoder(model)
+    check_supported(decoder)
+    return decoder, prove(model, list(kinds_of_layers(model, decoder).values()), install)
+
+
+def install(model: PreTrainedModel, decoder: Decoder | None = None, refusal: str | None = None) -> None:
+    """Put the kernels into a model, without any proof.
+
+    Args:
+        model: in memory, on the CPU, in evaluation mode.
+        decoder: as it was found in the model, if it was.
+        refusal: why its `generate` keeps Transformers' own loop; None if it does not.
+    """
+    decoder = find_decoder(model) if decoder is None else decoder
+    layers: Any = model.base_model.layers
+    rotation, settings, sizes = Rotation(), decoder.settings, decoder.sizes
+    generate = Generate(model, refusal)
+    forwards = [FusedForward(layer, model.config, i, settings, sizes, rotation) for i, layer in enumerate(layers)]
+    for layer, forward in zip(layers, forwards, strict=True):
+        vars(layer)["forward"] = forward
+    vars(model)["generate"] = generate
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Take out what `install` has put in."""
+    for module in model.modules():
+        for name in ("forward", "generate"):
+            if isinstance(vars(module).get(name), Substitute):
+                del vars(module)[name]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What of a model runs on the fused kernels.
+
+    Attributes:
+        layers: for each decoder layer why its own code runs, or None: it runs on the kernels.
+        generate: why `generate` runs Transformers' own loop whatever it is asked for; None: it runs ours, for greedy
+            and sampled text.
+    """
+
+    layers: tuple[str | None, ...]
+    generate: str | None
+
+    @property
+    def fused_layers(self) -> int:
+        """How many layers run on the kernels."""
+        return sum(reason is None for reason in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"layers": list(self.layers), "fused_layers": self.fused_layers, "generate": self.generate}
+
+    def __str__(self) -> str:
+        lines = [f"layers: {self.fused_layers} of {len(self.layers)} run on the fused kernels"]
+        lines += [f"  {reason}" for reason in dict.fromkeys(self.layers) if reason is not None]
+        loop = "the fused loop, for greedy and sampled text" if self.generate is None else "Transformers' own loop"
+        lines.append(f"generate: {loop}" + (f": {self.generate}" if self.generate else ""))
+        return "\n".join(lines)
+
+
+def status(model: PreTrainedModel) -> Status:
+    """Which parts of a model run on the fused kernels just now, and why the others do not.
+
+    Args:
+        model: any; `optimize` or `load` may have been called before.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    layers = list(layers) if isinstance(layers, torch.nn.ModuleList) else []
+    substitutes = [vars(layer).get("forward") for layer in layers] + [vars(model).get("generate")]
+    if not any(isinstance(one, Substitute) for one in substitutes):
+        reason = _why_not_optimized(model)
+        return Status((reason,) * len(layers), reason)
+    *reasons, loop = (one.problem() if isinstance(one, FusedForward | Generate) else _REPLACED for one in substitutes)
+    return Status(tuple(reasons), loop)
+
+
+def _why_not_optimized(model: PreTrainedModel) -> str:
+    if model.training:
+        return "it is in training mode"
+    try:
+        _proven(model)
+    except UnsupportedError as reason:
+        return str(reason)
+    return "it was not optimized; flashnorm.optimize(model) does that"
 
 
 def _move_to_large_pages(model: PreTrainedModel) -> None:
@@ -77,135 +166,3 @@ def _move_to_large_pages(model: PreTrainedModel) -> None:
         place = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=at).view(weight.shape)
         weight.data = place.copy_(weight.data)
         at += size
-
-
-class Generate:
-    """A model's `generate`, with our loop where it is one over single tokens."""
-
-    def __init__(self, model: PreTrainedModel):
-        self._model: Any = model
-        self._structure = Structure(model)
-        self._decoder: FusedDecoder | None = None
-        self._busy = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model has a cache of its own."""
-        return vars(self) | {"_decoder": None, "_busy": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _busy=threading.Lock())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The same arguments and result as Transformers' `generate`."""
-        model = self._model
-        if len(args) > 1 or any(kwargs.get(name) is not None for name in ("tokenizer", "past_key_values")):
-            # Transformers does not hand the tokenizer for stop strings on to a custom loop;
-            # and the cache of a caller is to be filled.
-            return type(model).generate(model, *args, **kwargs)
-        config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
-        config.update(**kwargs)
-        if config.get_generation_mode(kwargs.get("assistant_model")) in _LOOPS:
-            # Nor does it hand on a streamer.
-            kwargs.setdefault("custom_generate", functools.partial(self._sample, streamer=kwargs.get("streamer")))
-        return type(model).generate(model, *args, **kwargs)
-
-    def _sample(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Token by token; the same arguments and result as Transformers' own loop."""
-        lengths = _lengths(input_ids, **model_kwargs)
-        ours = not (synced_gpus or generation_config.return_dict_in_generate)
-        if lengths is not None and ours and self._structure.holds() and self._busy.acquire(blocking=False):
-            try:
-                if (decoder := self._read()) is not None:
-                    return _loop(
-                        decoder, input_ids, lengths, logits_processor, stopping_criteria, generation_config, streamer
-                    )
-            finally:
-                self._busy.release()
-        return type(model)._sample(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            **model_kwargs,
-        )
-
-    def _read(self) -> FusedDecoder | None:
-        """The decoder with the weights that the model has now; None if they are elsewhere or of another kind."""
-        try:
-            found = find_decoder(self._model)
-            check_supported(found)
-        except UnsupportedError:
-            return None
-        if self._decoder is None:
-            self._decoder = FusedDecoder(found)
-        else:
-            self._decoder.read(found)
-        return self._decoder
-
-
-def _lengths(
-    input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **others: Any
-) -> list[int] | None:
-    """Tokens of each text without the padding on its left; None if there is anything else to be known about them."""
-    if any(name not in _KNOWN and value is not None for name, value in others.items()) or input_ids.shape[1] == 0:
-        return None
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
-        return None
-    mask = mask.bool()
-    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        return None
-    if position_ids is not None:
-        expected = mask.long().cumsum(-1) - 1
-        if position_ids.shape[-1] != expected.shape[-1] or not bool((~mask | (position_ids == expected)).all()):
-            return None
-    return mask.sum(-1).tolist()
-
-
-def _loop(
-    decoder: FusedDecoder,
-    input_ids: Tensor,
-    lengths: list[int],
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    streamer: Any,
-) -> Tensor:
-    """What Transformers' loop does, with the decoder's logits."""
-    decoder.start(len(lengths))
-    logits = torch.cat(
-        [decoder.extend(ids[-n:], text=i) for i, (ids, n) in enumerate(zip(input_ids, lengths, strict=True))]
-    )
-    may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    running = torch.ones(len(lengths), dtype=torch.bool)
-    while True:
-        scores = logits_processor(input_ids, logits)
-        if generation_config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
-        else:
-            tokens = scores.argmax(-1)
-        if may_end:
-            tokens = torch.where(running, tokens, generation_config._pad_token_tensor)
-        input_ids = torch.cat([input_ids, tokens[:, None]], -1)
-        if streamer is not None:
-            streamer.put(tokens)
-        running &= ~stopping_criteria(input_ids, scores)
-        if not running.any():
-            break
-        logits = decoder.step(tokens)
-    if streamer is not None:
-        streamer.end()
-    return input_ids

@@ -8,7 +8,7 @@
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
+from flashnorm.compat.generation import attention_implementation
 from flashnorm.runtime.deferred import LayerSettings, LayerWeights, decoder_layer, inverse_rms
 
 _TOKENS = 8
@@ -35,6 +36,42 @@ _ACTIVATIONS = {
 
 class UnsupportedError(ValueError):
     """The model is no decoder that the kernels can run; the message says why."""
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What all layers of a decoder have in common, besides their settings.
+
+    Attributes:
+        shapes: of each matrix, and of each vector where there is one: fields of `LayerWeights`.
+        rotary: how many channels of a head are rotated.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    rotary: int
+
+    @property
+    def hidden(self) -> int:
+        """Channels of the residual stream."""
+        return self.shapes["output"][0]
+
+    @staticmethod
+    def of(settings: LayerSettings, hidden: int, inner: int, rotary: int) -> "LayerSizes":
+        """Those of layers that the kernels compute."""
+        q_size, kv_size = settings.heads * settings.head_dim, settings.kv_heads * settings.head_dim
+        matrices = {
+            "q": (q_size, hidden),
+            "k": (kv_size, hidden),
+            "v": (kv_size, hidden),
+            "output": (hidden, q_size),
+            "gate": (inner, hidden),
+            "up": (inner, hidden),
+            "down": (hidden, inner),
+        }
+        biases = {f"{name}_bias": shape[:1] for name, shape in matrices.items()}
+        gains = dict.fromkeys(("attention_gain", "mlp_gain"), (hidden,))
+        gains |= dict.fromkeys(("q_gain", "k_gain"), (settings.head_dim,))
+        return LayerSizes({**matrices, **biases, **gains}, rotary)
 
 
 @dataclass(frozen=True)
@@ -64,6 +101,12 @@ class Decoder:
     def hidden(self) -> int:
         """Channels of the residual stream."""
         return self.embedding.shape[1]
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """Those that each layer must have."""
+        rotary = 2 * self.tables(0, 1)[0].shape[1]
+        return LayerSizes.of(self.settings, self.hidden, len(self.layers[0].gate), rotary)
 
     def tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines for these positions, `[positions, half]` in float32."""
@@ -96,7 +139,11 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
-    """The weights, where they lie now, of a decoder that is proven already; see `read_decoder`."""
+    """The weights, where they lie now, of a decoder that is proven already; see `read_decoder`.
+
+    Raises:
+        UnsupportedError: they are not what the kernels can read.
+    """
     base: Any = model.base_model
     config: Any = model.config
     kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
@@ -108,22 +155,23 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UnsupportedError("expected an output head without a bias, found another")
     embedding: Any = model.get_input_embeddings()
-    if getattr(config, "hidden_act", None) not in _ACTIVATIONS:
-        raise UnsupportedError(f"expected one of {', '.join(_ACTIVATIONS)} as hidden_act, found another")
+    weights = tuple(_checked_layer(layer, config, i) for i, layer in enumerate(layers))
+    if (activation := getattr(config, "hidden_act", None)) not in _ACTIVATIONS:
+        raise UnsupportedError(f"expected one of {', '.join(_ACTIVATIONS)} as hidden_act, found {activation}")
     head_dim = int(_attribute(first, "head_dim"))
     norm = _attribute(base, "norm")
     settings = LayerSettings(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        activation=_ACTIVATIONS[config.hidden_act],
+        activation=_ACTIVATIONS[activation],
         eps=_eps(norm),
         qk_eps=_eps(first.q_norm) if hasattr(first, "q_norm") else 0.0,
         attention_scale=float(getattr(first, "scaling", head_dim**-0.5)),
         residual_scale=float(getattr(layers[0], "residual_multiplier", 1.0)),
     )
-    return Decoder(
-        layers=tuple(_checked_layer(layer, config, i) for i, layer in enumerate(layers)),
+    decoder = Decoder(
+        layers=weights,
         settings=settings,
         head=head.weight.detach(),
         final_gain=_gain(norm),
@@ -132,6 +180,22 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
         logit_scale=1 / float(getattr(config, "logits_scaling", 1.0)),
     )
+    _check_sizes(decoder)
+    return decoder
+
+
+def _check_sizes(decoder: Decoder) -> None:
+    """The kernels have the same sizes in all layers."""
+    sizes = decoder.sizes
+    for index, layer in enumerate(decoder.layers):
+        if (problem := layer_problem(layer, sizes)) is not None:
+            raise UnsupportedError(f"in layer {index}: {problem}")
+    for name in ("head", "embedding"):
+        matrix = getattr(decoder, name)
+        if type(matrix) is not Tensor or matrix.dim() != 2 or matrix.shape[1] != decoder.hidden:
+            raise UnsupportedError(f"expected the {name} as a matrix of {decoder.hidden} columns, found another")
+    if decoder.final_gain is not None and decoder.final_gain.shape != (decoder.hidden,):
+        raise UnsupportedError(f"expected {decoder.hidden} gains of the final norm, found {decoder.final_gain.shape}")
 
 
 def _attribute(module: Any, name: str) -> Any:
@@ -156,10 +220,11 @@ def _gain(norm: Any) -> Tensor | None:
 def _checked_layer(layer: Any, config: Any, index: int) -> LayerWeights:
     """Raises `UnsupportedError` if the layer has other weights than those found."""
     found = read_layer(layer, config, index)
-    size = sum(tensor.numel() for tensor in vars(found).values() if isinstance(tensor, Tensor))
-    others = sum(parameter.numel() for parameter in layer.parameters())
-    if size != others:
-        raise UnsupportedError(f"expected layer {index} to have {size} weights, found {others}")
+    # A fused linear begins where the first of its parts does.
+    known = {tensor.data_ptr() for tensor in vars(found).values() if isinstance(tensor, Tensor)}
+    others = [name for name, weight in layer.named_parameters() if weight.data_ptr() not in known]
+    if others:
+        raise UnsupportedError(f"expected a layer without other weights, found {', '.join(others)} in layer {index}")
     return found
 
 
@@ -215,22 +280,33 @@ def _part(name: str, linear: Any) -> dict[str, Any]:
     return {name: weight.detach(), f"{name}_bias": None if bias is None else bias.detach()}
 
 
+def layer_problem(layer: LayerWeights, sizes: LayerSizes) -> str | None:
+    """Why the kernels cannot read a layer's weights as they are now; None if they can."""
+    for name, shape in sizes.shapes.items():
+        tensor = getattr(layer, name)
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return f"expected {name} as a plain tensor on the CPU, found {type(tensor).__name__} on {tensor.device}"
+        if tensor.dtype != layer.q.dtype:
+            return f"expected {name} in {layer.q.dtype}, found {tensor.dtype}"
+        if tensor.shape != shape:
+            return f"expected {name} to have the shape {shape}, found {tuple(tensor.shape)}"
+    return None
+
+
 # --- the proof
 
 
 def _prove(model: Any, decoder: Decoder) -> None:
-    _check_shapes(decoder)
     _check_rotation(decoder, model.config.max_position_embeddings)
     _check_windows(model, decoder)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator)
     cos, sin = decoder.tables(0, _TOKENS)
     with _eager(model):
-        proven: set[Any] = set()
-        for index, (layer, weights) in enumerate(zip(model.base_model.layers, decoder.layers, strict=True)):
-            if (kind := _kind(layer, weights)) in proven:
-                continue
-            proven.add(kind)
+        for index in kinds_of_layers(model, decoder).values():
+            layer, weights = model.base_model.layers[index], decoder.layers[index]
             expected = _run(layer, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
             found = decoder_layer(x, cos, sin, _as_float(weights), decoder.settings)
             _compare(f"layer {index}", found - x, expected - x)
@@ -244,6 +320,14 @@ def _prove(model: Any, decoder: Decoder) -> None:
     found = F.linear(read.to(decoder.head.dtype), decoder.head).float() * decoder.logit_scale
     few_bits = 8 * torch.finfo(decoder.head.dtype).eps  # the model rounds to its dtype on the way
     _compare("what surrounds the layers", found, expected, max(_SAME, few_bits))
+
+
+def kinds_of_layers(model: Any, decoder: Decoder) -> dict[Any, int]:
+    """Each kind of layer that a model has -> the first layer of that kind."""
+    kinds: dict[Any, int] = {}
+    for index, (layer, weights) in enumerate(zip(model.base_model.layers, decoder.layers, strict=True)):
+        kinds.setdefault(_kind(layer, weights), index)
+    return kinds
 
 
 def _kind(layer: nn.Module, weights: LayerWeights) -> Any:
@@ -265,25 +349,6 @@ def _kind(layer: nn.Module, weights: LayerWeights) -> Any:
         tuple((name, None if value is None else name) for name, value in vars(weights).items()),
         weights.window,
     )
-
-
-def _check_shapes(decoder: Decoder) -> None:
-    """The kernels have the same sizes in all layers."""
-    settings, hidden, inner = decoder.settings, decoder.hidden, decoder.layers[0].gate.shape[0]
-    q_size = settings.heads * settings.head_dim
-    expected = {
-        "q": (q_size, hidden),
-        "k": (settings.kv_heads * settings.head_dim, hidden),
-        "v": (settings.kv_heads * settings.head_dim, hidden),
-        "output": (hidden, q_size),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
-    for index, layer in enumerate(decoder.layers):
-        for name, shape in expected.items():
-            if (found := tuple(getattr(layer, name).shape)) != shape:
-                raise UnsupportedError(f"expected {name} of layer {index} to have the shape {shape}, found {found}")
 
 
 def _check_rotation(decoder: Decoder, longest: int) -> None:
@@ -358,7 +423,7 @@ def _as_float(weights: LayerWeights) -> LayerWeights:
 
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    before = model.config._attn_implementation
+    before = attention_implementation(model)
     model.set_attn_implementation("eager")
     try:
         yield

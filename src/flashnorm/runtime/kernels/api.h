@@ -15,6 +15,7 @@ struct FlashnormLinear {
   const void* weights;
   const float* bias;  // or null
   int32_t in, out;
+  int64_t bytes;  // of the weights' memory
 };
 
 struct FlashnormLayer {
@@ -24,6 +25,7 @@ struct FlashnormLayer {
   void *keys, *values;                     // [text][kv head][...], see attention.h
   int32_t window;                          // positions that a token sees, itself included; 0: all
   int32_t rotate;                          // whether q and k are rotated
+  int64_t cache_bytes;                     // of the memory of `keys`, and of that of `values`
 };
 
 struct FlashnormModel {
@@ -33,6 +35,7 @@ struct FlashnormModel {
   int32_t dtype, layer_count, hidden, inner, heads, kv_heads, head_dim, rotary, activation;
   int32_t capacity;    // of the caches, a multiple of 16
   int32_t final_norm;  // whether the head's input is normalised
+  int32_t cache_texts;  // for how many texts there is a cache
   float eps, qk_eps, attention_scale, residual_scale;
 };
 
@@ -42,6 +45,7 @@ struct FlashnormCall {
   const float *cos, *sin;  // [position][rotary / 2]
   const int32_t* past;    // [texts]: positions of each that are in the cache already
   int32_t texts, tokens;  // how many, each with as many new tokens
+  int32_t positions;      // how many there are cosines and sines for
   int32_t first_text;     // the place of these texts in the caches
   float* projected;       // [tokens][q, k and v] that attention is to get; or [tokens][q] that it gave
   float* logits;          // [logit_rows][padded vocabulary], of the last rows of x

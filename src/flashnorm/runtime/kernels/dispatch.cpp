@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "api.h"
+#include "check.h"
 
 #define FLASHNORM_DECLARE(isa) \
   namespace isa {              \
@@ -63,8 +64,15 @@ const char* flashnorm_isa_name(int32_t i) { return choice().kernels[i].name; }
 // Use these kernels from now on, for comparisons.
 void flashnorm_isa_choose(int32_t i) { choice().chosen = std::min(std::max(i, 0), choice().count - 1); }
 
-// Without memory: how many bytes of it the call needs. With it: compute a part of the model, or all of it.
+// What is wrong with a call, in words; null if nothing is.
+const char* flashnorm_problem(const FlashnormModel* model, const FlashnormCall* call, FlashnormPart part) {
+  return flashnorm::problem(*model, *call, part);
+}
+
+// Without memory: how many bytes of it the call needs, or -1 if there is a problem. With it: compute a part of the model,
+// or all of it.
 int64_t flashnorm_run(const FlashnormModel* model, const FlashnormCall* call, FlashnormPart part) {
+  if (!call->memory && flashnorm::problem(*model, *call, part)) return -1;
   return choice().kernels[choice().chosen].run(*model, *call, part);
 }
 }

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from typing import Any
@@ -28,7 +29,7 @@ _LINE = 64  # bytes of a line of the cache
 class Linear(Structure):
     """Weights `[outputs, inputs]`, as they lie in a model."""
 
-    _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("outputs", c_int32))
+    _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("outputs", c_int32), ("bytes", c_int64))
 
 
 class Layer(Structure):
@@ -39,6 +40,7 @@ class Layer(Structure):
         *((name, c_void_p) for name in (*GAINS, "keys", "values")),
         ("window", c_int32),
         ("rotate", c_int32),
+        ("cache_bytes", c_int64),
     )
 
 
@@ -53,7 +55,7 @@ class Model(Structure):
             (name, c_int32)
             for name in (
                 *("dtype", "layer_count", "hidden", "inner", "heads", "kv_heads", "head_dim", "rotary"),
-                *("activation", "capacity", "final_norm"),
+                *("activation", "capacity", "final_norm", "cache_texts"),
             )
         ),
         *((name, c_float) for name in ("eps", "qk_eps", "attention_scale", "residual_scale")),
@@ -65,7 +67,7 @@ class Call(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "cos", "sin", "past")),
-        *((name, c_int32) for name in ("texts", "tokens", "first_text")),
+        *((name, c_int32) for name in ("texts", "tokens", "positions", "first_text")),
         *((name, c_void_p) for name in ("projected", "logits")),
         ("logit_rows", c_int32),
         *((name, c_void_p) for name in ("input", "output")),
@@ -84,19 +86,32 @@ def library() -> ctypes.CDLL | None:
     loaded.flashnorm_isa_name.restype = c_char_p
     loaded.flashnorm_run.restype = c_int64
     loaded.flashnorm_run.argtypes = (POINTER(Model), POINTER(Call), c_int32)
+    loaded.flashnorm_problem.restype = c_char_p
+    loaded.flashnorm_problem.argtypes = loaded.flashnorm_run.argtypes
     return loaded
 
 
 _scratch = threading.local()
 
+# How often each part has run in this process: which way a model was run can be asked.
+runs: Counter[int] = Counter()
+
 
 def run(model: Model, call: Call, part: int = ALL) -> None:
-    """Compute a part of a model, or all of it, with as many threads as torch uses unless the call says how many."""
+    """Compute a part of a model, or all of it, with as many threads as torch uses unless the call says how many.
+
+    Raises:
+        ValueError: sizes do not fit each other, or the memory that they are of. Nothing was computed then.
+    """
     kernels = library()
     assert kernels is not None
     call.threads = call.threads or torch.get_num_threads()
     call.memory = None
     needed = kernels.flashnorm_run(model, call, part)
+    if needed < 0:
+        problem = kernels.flashnorm_problem(model, call, part).decode()
+        raise ValueError(f"expected sizes that fit each other and their memory, found that {problem}")
+    runs[part] += 1
     memory = getattr(_scratch, "memory", None)
     if memory is None or len(memory) < needed + _LINE:
         memory = _scratch.memory = torch.empty(needed + _LINE, dtype=torch.uint8)
@@ -149,8 +164,9 @@ def fill(layer: Layer, weights: Mapping[str, Any], keep: list[Tensor]) -> None:
 
 def linear(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> Linear:
     """Point to a linear's weights, `[outputs, inputs]`, and to its bias in float32."""
-    keep.append(weight.contiguous())
-    return Linear(keep[-1].data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0])
+    weight = weight.contiguous()
+    keep.append(weight)
+    return Linear(weight.data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0], memory_of(weight))
 
 
 def address(values: Tensor | None, keep: list[Tensor]) -> int | None:
@@ -159,6 +175,11 @@ def address(values: Tensor | None, keep: list[Tensor]) -> int | None:
         return None
     keep.append(F.pad(values.float(), (0, -len(values) % BLOCK)).contiguous())
     return keep[-1].data_ptr()
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its memory, which someone may have taken away."""
+    return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
 
 
 def padded(count: int) -> int:
