@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import tiny
 from flashnorm.convert import convert
 from flashnorm.plan import FoldPlan
+from flashnorm.runtime import ops
+from flashnorm.runtime.fused import FusedDecoder
+from flashnorm.runtime.kernels import native
 from flashnorm.verify import outputs, verify
 from flashnorm.verify.conversion import Conversion, Size
 from flashnorm.verify.outputs import Greedy, OutputsReport, verify_outputs
@@ -240,7 +243,7 @@ def test_the_whole_answer(source: Callable[..., Path], tmp_path: Path) -> None:
     assert report.ok
     assert (report.weights.nbytes, report.weights.nbytes) in seen
     assert seen[-1][0] == seen[-1][1]
-    assert len(stages) == 6
+    assert len(stages) == 8
     data = json.loads(report.to_json())
     assert data["ok"]
     assert data["weights"]["folded"] == 16  # 3 layers of q, k, v, gate, up; and the head
@@ -297,3 +300,66 @@ def test_a_near_tie_is_no_difference() -> None:
     assert not compare([1, 2, 0], 0.05).ok
     assert not compare([1, 1, 2], 0.2).ok
     assert not compare([1, 0], 0.2).ok
+
+
+# --- as flashnorm.load gives it
+
+needs_kernels = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
+
+
+@needs_kernels
+def test_what_load_gives_is_judged(source: Callable[..., Path], tmp_path: Path) -> None:
+    folder = source("llama", torch.bfloat16)
+    convert(folder, tmp_path / "out")
+    native.runs.clear()
+    report = verify_outputs(folder, tmp_path / "out")
+    assert native.runs[native.ALL] >= outputs.GREEDY_STEPS
+    assert report.ok
+    assert report.as_loaded
+    assert report.as_loaded.path == "on the fused kernels"
+    assert report.as_loaded.run
+    assert report.converted
+    assert report.as_loaded.run.kl != report.converted.kl
+    assert len(report.criteria) == 5
+
+
+def test_what_load_gives_of_a_model_that_the_kernels_do_not_run(source: Callable[..., Path], tmp_path: Path) -> None:
+    folder = source("gemma2", torch.float32)
+    convert(folder, tmp_path / "out")
+    report = verify_outputs(folder, tmp_path / "out")
+    assert report.ok
+    assert report.as_loaded
+    assert report.as_loaded.path.startswith("in plain PyTorch: ")
+    assert report.as_loaded.run == report.converted
+
+
+def _wrong_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = FusedDecoder.step
+    # Later than the proof behind `optimize` looks.
+    monkeypatch.setattr(
+        FusedDecoder, "step", lambda self, ids: step(self, ids) * (-1 if self.lengths[0] > 40 else 1), raising=True
+    )
+
+
+def _wrong_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    after = ops.after_attention
+    # In longer texts than the proof's.
+    monkeypatch.setattr(ops, "after_attention", lambda x, *rest: after(x, *rest) * (0.5 if len(x) > 40 else 1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("break_it", [_wrong_steps, _wrong_layers])
+def test_a_broken_runtime_fails(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    source: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = source("llama", torch.float32)
+    convert(folder, tmp_path / "out")
+    break_it(monkeypatch)
+    report = verify_outputs(folder, tmp_path / "out")
+    assert not report.ok
+    failed = [criterion for criterion in report.criteria if not criterion.ok]
+    assert failed
+    assert all("as flashnorm.load gives it (on the fused kernels)" in criterion.asked for criterion in failed)

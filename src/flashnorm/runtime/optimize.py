@@ -112,6 +112,16 @@ class Status:
         """How many layers run on the kernels."""
         return sum(reason is None for reason in self.layers)
 
+    @property
+    def in_words(self) -> str:
+        """What runs, in one line: the fused kernels, or the model's own code, and why."""
+        reasons = [reason for reason in dict.fromkeys((*self.layers, self.generate)) if reason is not None]
+        if self.layers and not reasons:
+            return "on the fused kernels"
+        if not self.fused_layers:
+            return f"in plain PyTorch: {reasons[0]}" if reasons else "in plain PyTorch: it has no decoder layers"
+        return f"{self.fused_layers} of {len(self.layers)} layers on the fused kernels: {'; '.join(reasons)}"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {"layers": list(self.layers), "fused_layers": self.fused_layers, "generate": self.generate}

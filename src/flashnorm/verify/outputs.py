@@ -7,7 +7,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,20 @@ from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.errors import InputError
 from flashnorm.runtime.load import load_tokenizer
 from flashnorm.trace.models import load_config, meta_model
-from flashnorm.verify.divergence import (
-    agreement,
-    differences,
-    farthest,
-    kl_divergences,
-    perplexity,
-    relative_error,
-    sensitivity,
-    standard_error,
-    typical_kl,
+from flashnorm.verify.as_loaded import AsLoaded, fits, loaded_continuation, loaded_outputs
+from flashnorm.verify.divergence import farthest, perplexity, sensitivity
+from flashnorm.verify.measures import (
+    MAX_RATIO,
+    NEAR_TIE,
+    Criterion,
+    Greedy,
+    Run,
+    compare_greedy,
+    rounding_noise,
+    same_text,
+    within,
 )
-from flashnorm.verify.runs import Outputs, Runner, available_memory, loaders, needed_memory, quiet
+from flashnorm.verify.runs import Runner, available_memory, loaders, needed_memory, quiet
 from flashnorm.verify.text import DEFAULT_TEXT
 
 MAX_TOKENS = 384
@@ -39,51 +41,6 @@ PROMPT_TOKENS = 32
 GREEDY_STEPS = 64
 STREAMED_GREEDY_STEPS = 8  # each of them reads the whole checkpoint
 LARGEST_DIFFERENCES = 10
-
-# Bounds of the criteria, as `verify_outputs` explains them.
-MAX_RATIO = 2.0
-CHANCE = 3.0  # standard errors
-NEAR_TIE = 8.0  # times the root mean square difference that the source's own dtype makes in a logit
-FLOAT64_NOISE = 1e-13  # relative: float64 logits of one model, computed in two ways
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run over the text, compared with the oracle.
-
-    Attributes:
-        kl: mean KL(oracle || run) per token, in nats.
-        largest_difference, rms_difference: of the logits.
-        agreement: share of tokens after which both predict the same next token.
-        perplexity: of the run itself.
-        kl_by_token: KL(oracle || run) at each token, in nats.
-        depth: relative error of the residual stream after the embedding and after each layer but the last, averaged
-            over tokens; then that of the logits. Only the logits where a model gives no hidden states.
-    """
-
-    kl: float
-    largest_difference: float
-    rms_difference: float
-    agreement: float
-    perplexity: float
-    kl_by_token: tuple[float, ...] = ()
-    depth: tuple[float, ...] = ()
-
-    @staticmethod
-    def of(oracle: Outputs, run: Outputs, tokens: Tensor) -> "Run":
-        """Compare a run with the oracle's, over `tokens`, `[tokens]`."""
-        largest, rms = differences(oracle.logits, run.logits)
-        by_token = kl_divergences(oracle.logits, run.logits)
-        states = zip((*oracle.hidden, oracle.logits), (*run.hidden, run.logits), strict=True)
-        return Run(
-            kl=float(by_token.mean()),
-            largest_difference=largest,
-            rms_difference=rms,
-            agreement=agreement(oracle.logits, run.logits),
-            perplexity=perplexity(run.logits, tokens),
-            kl_by_token=tuple(by_token.tolist()),
-            depth=tuple(relative_error(expected, found) for expected, found in states),
-        )
 
 
 @dataclass(frozen=True)
@@ -107,41 +64,6 @@ class LogitDifference:
 
 
 @dataclass(frozen=True)
-class Greedy:
-    """Greedy continuations of one prompt by source and converted model, both in float32.
-
-    Attributes:
-        source, converted: token ids.
-        identical: how many tokens agree before the first that does not.
-        gap: by how much the source, where they part, prefers its own token: a difference of logits. 0 if they do not.
-        tolerance: a gap that is within the noise of the checkpoint's dtype.
-        source_text, converted_text: decoded, where there is a tokenizer.
-    """
-
-    source: tuple[int, ...]
-    converted: tuple[int, ...]
-    identical: int
-    gap: float
-    tolerance: float
-    source_text: str | None = None
-    converted_text: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether the continuations agree, or part at a near tie."""
-        return self.source == self.converted or self.gap <= self.tolerance
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A condition for the outputs to be called the same: what was asked, the numbers, and whether it holds."""
-
-    asked: str
-    found: str
-    ok: bool
-
-
-@dataclass(frozen=True)
 class OutputsReport:
     """What `verify_outputs` measured.
 
@@ -155,6 +77,7 @@ class OutputsReport:
         rounding: the converted model in float64: what the rounding of the folded weights does by itself.
         logits: the logits of the converted run that are farthest from the oracle's, one at most for each token.
         greedy: continuations in float32.
+        as_loaded: the same as `flashnorm.load` gives the converted model; the runs above use its own code.
         criteria: what decides.
     """
 
@@ -168,6 +91,7 @@ class OutputsReport:
     rounding: Run | None = None
     logits: tuple[LogitDifference, ...] = ()
     greedy: Greedy | None = None
+    as_loaded: AsLoaded | None = None
     criteria: tuple[Criterion, ...] = ()
 
     @property
@@ -213,6 +137,7 @@ def verify_outputs(
        Twice, because both are averages over a few hundred tokens of two different roundings.
     3. Greedy continuations in float32 agree token for token, or part where the source itself has a near tie: it prefers
        its own token by no more than 8 times the root mean square difference that its dtype makes in a logit.
+    4. 2 and 3 hold for the converted model as `flashnorm.load` gives it, on the fused kernels where they apply.
 
     Both 1 and 2 must hold for the KL of a typical token, which is the geometric mean, and for the mean, give or take 3
     standard errors: in a mixture of experts, a rounding error can choose another expert, and a few such tokens make
@@ -270,18 +195,29 @@ def verify_outputs(
     converted_outputs = run.outputs(load_converted, dtype, tokens)
     converted_run = Run.of(oracle, converted_outputs, tokens)
     logits = _farthest_logits(oracle.logits, source_outputs.logits, converted_outputs.logits, tokens, tokenizer)
+    as_loaded = AsLoaded("not run")
+    if fits(blank, dtype, 8 * oracle.logits.numel()):
+        stage(f"the converted model as flashnorm.load gives it, in {_short(dtype)}")
+        loaded, path = loaded_outputs(result.folder, dtype, tokens, trust_remote_code)
+        as_loaded = AsLoaded(path, Run.of(oracle, loaded, tokens))
+        del loaded
     del source_outputs, converted_outputs
     stage("the converted model in float64")
     rounding = Run.of(oracle, run.outputs(load_converted, torch.float64, tokens, exact=True), tokens)
     oracle_perplexity = perplexity(oracle.logits, tokens)
-    floor = _rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle.logits)
+    floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle.logits)
     del oracle
     prompt = tokens[:PROMPT_TOKENS]
     stage("the source's greedy text, in float32")
     expected, expected_logits = run.continuation(load_source, prompt, steps)
     stage("the converted model's")
     found, _ = run.continuation(load_converted, prompt, steps)
-    greedy = _compare_greedy(expected, found, expected_logits, NEAR_TIE * source_run.rms_difference, tokenizer)
+    tolerance = NEAR_TIE * source_run.rms_difference
+    greedy = compare_greedy(expected, found, expected_logits, tolerance, tokenizer)
+    if fits(blank, torch.float32, 0):
+        stage("the converted model's, as flashnorm.load gives it")
+        found = loaded_continuation(result.folder, prompt, steps, trust_remote_code)
+        as_loaded = replace(as_loaded, greedy=compare_greedy(expected, found, expected_logits, tolerance, tokenizer))
     return OutputsReport(
         dtype=_short(dtype),
         streamed=streamed,
@@ -292,45 +228,25 @@ def verify_outputs(
         rounding=rounding,
         logits=logits,
         greedy=greedy,
-        criteria=_criteria(_short(dtype), source_run, converted_run, rounding, floor, greedy),
-    )
-
-
-def _criteria(
-    dtype: str, source: Run, converted: Run, rounding: Run, floor: float, greedy: Greedy
-) -> tuple[Criterion, ...]:
-    if greedy.source == greedy.converted:
-        parted = f"{len(greedy.source)} of {len(greedy.source)} agree"
-    else:
-        parted = f"{greedy.identical} agree, then a gap of {greedy.gap:.3g} (near tie: at most {greedy.tolerance:.3g})"
-    return (
-        _within(
-            f"in float64, the converted model is no farther from the oracle than {dtype} takes the source",
-            rounding,
-            source,
-            1.0,
-            floor,
+        as_loaded=as_loaded,
+        criteria=(
+            within(
+                f"in float64, the converted model is no farther from the oracle than {_short(dtype)} takes the source",
+                rounding,
+                source_run,
+                1.0,
+                floor,
+            ),
+            within(
+                f"in {_short(dtype)}, it is at most {MAX_RATIO:g} times as far as the source",
+                converted_run,
+                source_run,
+                MAX_RATIO,
+                floor,
+            ),
+            same_text("greedy tokens in float32 agree, or part at a near tie of the source", greedy),
+            *as_loaded.criteria(_short(dtype), source_run, floor),
         ),
-        _within(
-            f"in {dtype}, it is at most {MAX_RATIO:g} times as far as the source", converted, source, MAX_RATIO, floor
-        ),
-        Criterion(
-            asked="greedy tokens in float32 agree, or part at a near tie of the source",
-            found=parted,
-            ok=greedy.ok,
-        ),
-    )
-
-
-def _within(asked: str, run: Run, source: Run, ratio: float, floor: float) -> Criterion:
-    """Whether a run's KL is at most `ratio` times the source's, in the mean but for chance, and for a typical token."""
-    limit, chance = max(ratio * source.kl, floor), CHANCE * standard_error(run.kl_by_token, source.kl_by_token, ratio)
-    typical, typical_limit = typical_kl(run.kl_by_token, floor), ratio * typical_kl(source.kl_by_token, floor)
-    return Criterion(
-        asked=asked,
-        found=f"KL {run.kl:.3g}, at most {limit:.3g} (+ {chance:.1g} by chance); "
-        f"of a typical token {typical:.3g}, at most {typical_limit:.3g}",
-        ok=run.kl <= limit + chance and typical <= typical_limit,
     )
 
 
@@ -352,36 +268,6 @@ def _farthest_logits(
         )
         for position, entry in farthest(oracle, converted, LARGEST_DIFFERENCES)
     )
-
-
-def _compare_greedy(expected: Tensor, found: Tensor, logits: Tensor, tolerance: float, tokenizer: Any) -> Greedy:
-    length = min(len(expected), len(found))
-    parted = (expected[:length] != found[:length]).nonzero()
-    identical, gap = length, 0.0
-    if len(parted):
-        identical = int(parted[0])
-        gap = float(logits[identical, expected[identical]] - logits[identical, found[identical]])
-    elif len(expected) != len(found):
-        gap = math.inf
-    texts = [tokenizer.decode(tokens) if tokenizer is not None else None for tokens in (expected, found)]
-    return Greedy(
-        source=tuple(expected.tolist()),
-        converted=tuple(found.tolist()),
-        identical=identical,
-        gap=gap,
-        tolerance=tolerance,
-        source_text=texts[0],
-        converted_text=texts[1],
-    )
-
-
-def _rounding_noise(dtype: torch.dtype) -> float:
-    """The root mean square relative error of rounding to a dtype: `eps / sqrt(12)` over a significand in [1, 2).
-
-    The mean of `1 / m ** 2` is 0.54 if the logarithm of the significand `m` is evenly distributed, as that of most
-    data is.
-    """
-    return max(torch.finfo(dtype).eps * math.sqrt(0.54 / 12), FLOAT64_NOISE)
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str | None:

@@ -56,8 +56,10 @@ class VerifyReport:
         if self.outputs.skipped is not None:
             return (weights, f"outputs: {self.outputs.skipped}")
         greedy = len(self.outputs.greedy.source) if self.outputs.greedy else 0
+        loaded = self.outputs.as_loaded and self.outputs.as_loaded.unchecked
         return (
             weights,
+            *((loaded,) if loaded else ()),
             f"outputs beyond {self.outputs.tokens} tokens of one text and {greedy} tokens of greedy text",
             "other runtimes, devices and dtypes than Transformers on the CPU in "
             f"{self.outputs.dtype}, float32 and float64",
@@ -131,6 +133,14 @@ def _outputs(report: OutputsReport) -> RenderableType:
     for name, run in (("source", report.source), ("converted", report.converted)):
         table.add_row(
             f"  {name}, {report.dtype}",
+            f"{run.kl:.3g}",
+            f"{run.largest_difference:.3g}",
+            f"{run.agreement:.1%}",
+            f"{run.perplexity:.4f}",
+        )
+    if report.as_loaded is not None and (run := report.as_loaded.run) is not None:
+        table.add_row(
+            f"  converted, {report.dtype}, as loaded",
             f"{run.kl:.3g}",
             f"{run.largest_difference:.3g}",
             f"{run.agreement:.1%}",

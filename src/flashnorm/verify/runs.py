@@ -82,9 +82,7 @@ class Runner:
         with self._model(load_model, dtype) as model:
             self._count(model, 1)
             with float64_everywhere() if exact else contextlib.nullcontext():
-                answer = model(input_ids=tokens[None], use_cache=False, output_hidden_states=True)
-            hidden = getattr(answer, "hidden_states", None) or ()
-            return Outputs(answer.logits[0], tuple(state[0] for state in hidden[:-1] if isinstance(state, Tensor)))
+                return outputs_of(model, tokens)
 
     @torch.inference_mode()
     def continuation(self, load_model: Loader, prompt: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -127,6 +125,13 @@ class Runner:
         for module, size in sizes.items():
             if size:
                 module.register_forward_hook(used)
+
+
+def outputs_of(model: PreTrainedModel, tokens: Tensor) -> Outputs:
+    """Logits and hidden states of a model for `tokens`, `[tokens]`."""
+    answer = model(input_ids=tokens[None], use_cache=False, output_hidden_states=True)
+    hidden = getattr(answer, "hidden_states", None) or ()
+    return Outputs(answer.logits[0], tuple(state[0] for state in hidden[:-1] if isinstance(state, Tensor)))
 
 
 def _with_float64_experts(model: PreTrainedModel) -> PreTrainedModel:
