@@ -86,7 +86,7 @@ def _listed(folder: Path) -> dict[str, FileRecord]:
 def _states(folder: Path, ours: set[str]) -> States:
     """The state of everything in a folder and in those of its subfolders that are ours; links are not followed."""
     states: States = {}
-    waiting = [""]
+    inside, waiting = "", [""]
     try:
         while waiting:
             inside = waiting.pop()
