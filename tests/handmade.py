@@ -1,7 +1,7 @@
 """A small checkpoint made by hand: every kind of fold that a plan can name, without a model."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,10 +10,21 @@ from torch import Tensor
 
 from flashnorm.checkpoint.names import CheckpointPlan, GainUse, TensorFold
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.checkpoint.records import FileRecord
 from flashnorm.fold import Gain, fold_weight
 from flashnorm.plan import Fold, FoldPlan, Kept, Linear
 
 CHANNELS = 12
+
+
+def listed(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files with the manifest that lists them: a folder of these is one that `convert` may have written."""
+    records = {name: asdict(FileRecord.of(data)) for name, data in files.items()}
+    return {**files, "flashnorm.json": json.dumps({"files": records}).encode()}
+
+
+# What `--force` may replace.
+OLD = listed({"config.json": b"{}", "model.safetensors": b"old"})
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -281,10 +282,22 @@ class TestRefusals:
 
 def test_force_replaces_a_model(tmp_path: Path, source: Handmade):
     run(source, tmp_path / "out", keep_norms=True)
-    (tmp_path / "out" / "extra").touch()
     run(source, tmp_path / "out", force=True)
     run(source, tmp_path / "undisturbed")
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["extra", "README.md", ".git/HEAD"])
+def test_force_deletes_nothing_that_was_not_written(tmp_path: Path, source: Handmade, name: str):
+    """A file of the user's in a conversion of ours, one of ours that the user has changed, and a repository."""
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_text("mine")
+    before = content(tmp_path / "out")
+    with pytest.raises(InputError, match=re.escape(name.replace("HEAD", ""))):
+        run(source, tmp_path / "out", force=True)
+    assert content(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 class TestInterrupted:

@@ -17,7 +17,7 @@ import torch
 from flashnorm.checkpoint.names import GainUse, TensorFold
 from flashnorm.checkpoint.writer import staging_folder
 from flashnorm.convert import convert_checkpoint
-from handmade import CHANNELS, Handmade, content, make, write
+from handmade import CHANNELS, OLD, Handmade, content, make, write
 
 KILLS = 20
 SHARDS = 12
@@ -64,14 +64,13 @@ def test_killed_at_any_moment(tmp_path: Path, source: Handmade, force: bool):
     undisturbed = content(tmp_path / "undisturbed")
 
     target = tmp_path / "place" / "out"
-    old = {"config.json": b"{}", "model.safetensors": b"old"}
-    whole = [undisturbed, old] if force else [undisturbed]
+    whole = [undisturbed, OLD] if force else [undisturbed]
     moments = random.Random(0)
     killed = resumed = 0
     while killed < KILLS:
         if force and not target.exists():
             target.mkdir(parents=True)
-            for name, data in old.items():
+            for name, data in OLD.items():
                 (target / name).write_bytes(data)
         process = start(target)
         process.join(moments.uniform(0, 1.1 * duration))

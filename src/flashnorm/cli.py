@@ -72,7 +72,9 @@ def convert(
         bool, typer.Option("--keep-norms", help="Keep folded norms as tensors of ones, for runtimes that want them.")
     ] = False,
     untie: Untie = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT if it exists and convert wrote all of it.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Verify OUT before it appears; its model card says what was found.")
     ] = False,

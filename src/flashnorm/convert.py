@@ -23,6 +23,7 @@ from flashnorm.checkpoint.card import updated_card
 from flashnorm.checkpoint.header import TensorInfo
 from flashnorm.checkpoint.names import CheckpointPlan
 from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.checkpoint.records import FileRecord, file_record
 from flashnorm.checkpoint.shard import output_header, output_tensors, shard_pieces, write_shard
 from flashnorm.checkpoint.small_files import (
     CARD_FILE,
@@ -35,15 +36,7 @@ from flashnorm.checkpoint.small_files import (
     updated_index,
 )
 from flashnorm.checkpoint.source_files import check_names_differ, open_file
-from flashnorm.checkpoint.writer import (
-    FileRecord,
-    Staging,
-    check_target,
-    copy_file,
-    disk_errors,
-    file_record,
-    write_file,
-)
+from flashnorm.checkpoint.writer import Staging, check_target, copy_file, disk_errors, write_file
 from flashnorm.errors import DifferenceError, InputError
 from flashnorm.hub import local_folder
 from flashnorm.plan import FoldPlan
@@ -52,7 +45,7 @@ from flashnorm.planning import plan_checkpoint
 if TYPE_CHECKING:
     from flashnorm.verify.report import VerifyReport
 
-# Called with the bytes of weights that are written so far, and in all.
+# Called with the bytes that are done so far, and in all.
 ProgressCallback = Callable[[int, int], object]
 
 
@@ -222,12 +215,12 @@ def convert(
         target: the folder to write.
         keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
         untie: give a tied model a head of its own, so that its final norm folds as well.
-        force: replace a target that exists.
+        force: replace a target that exists, if everything in it is what `convert` wrote, unchanged.
         verify: compare the result with the source before it appears at the target, as `flashnorm.verify` does, and put
             a summary into its model card.
         trust_remote_code: whether code in the checkpoint's folder may run.
-        progress: called while weights are written, and while they are verified.
-        stage: called with a few words on what is being verified.
+        progress: called while an old target is read, while weights are written, and while they are verified.
+        stage: called with a few words when another of these begins.
 
     Raises:
         InputError: the source or the target cannot be used, or the disk is full.
@@ -264,6 +257,7 @@ def convert(
         force=force,
         proof=proof if verify else None,
         progress=progress,
+        stage=stage,
     )
     return replace(result, report=report)
 
@@ -280,6 +274,7 @@ def convert_checkpoint(
     revision: str | None = None,
     proof: Callable[[Path], str] | None = None,
     progress: ProgressCallback | None = None,
+    stage: Callable[[str], object] = lambda words: None,
 ) -> ConvertResult:
     """Write the FlashNorm version of a checkpoint.
 
@@ -289,11 +284,12 @@ def convert_checkpoint(
         names: the same in the checkpoint's names, and which tensors are untied; this is what is carried out.
         target: the folder to write.
         keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
-        force: replace a target that exists.
+        force: replace a target that exists, if everything in it is what `convert` wrote, unchanged.
         source_id, revision: hub id and commit of the source; by default what its path in the hub's cache tells.
         proof: called with the folder of the complete result before it is published; what it returns goes to the end of
             the model card. What it raises is raised, and nothing is published.
-        progress: called while weights are written.
+        progress: called while an old target is read, and while weights are written.
+        stage: called with a few words when another of these begins.
 
     Raises:
         InputError: the source or the target cannot be used, or the disk is full. What is left is what the next run
@@ -308,7 +304,11 @@ def convert_checkpoint(
     if source_id is None:
         source_id, revision = hub_identity(checkpoint.folder)
     job = _Job(checkpoint, plan, names, keep_norms, source_id, revision)
-    with disk_errors(target), Staging(target, job.key(), force=force) as staging:
+    if force:
+        stage("reading the old target")
+    with disk_errors(target), Staging(target, job.key(), force=force, progress=progress) as staging:
+        if force:
+            stage("converting")
         copied = sum((checkpoint.folder / name).stat().st_size for name in job.copies)
         _check_free_space(target.parent, sum(job.sizes.values()) + copied - staging.resumable_bytes())
         job.write_shards(staging, progress)

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from flashnorm.checkpoint import direct_io
 from flashnorm.checkpoint.ahead import ahead
 from flashnorm.checkpoint.direct_io import BLOCK, DirectReader, DirectWriter, buffers, sha256_of
-from flashnorm.checkpoint.writer import FileRecord, ShardRecord, Staging, copy_file, file_record, write_file
+from flashnorm.checkpoint.records import FileRecord, file_record
+from flashnorm.checkpoint.writer import ShardRecord, Staging, copy_file, write_file
 from flashnorm.errors import InputError
+from handmade import OLD, content
 
 sizes = st.lists(st.integers(0, 3 * BLOCK) | st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1]), max_size=8)
 
@@ -139,6 +141,13 @@ class TestStaging:
         record = write_file(staging.model / name, data)
         staging.record(name, ShardRecord(source=FileRecord("00", 1), output=record))
 
+    def old(self, folder: Path) -> Path:
+        """A folder that `--force` may replace."""
+        folder.mkdir(parents=True)
+        for name, data in OLD.items():
+            (folder / name).write_bytes(data)
+        return folder
+
     def test_publishes_and_leaves_nothing_else(self, tmp_path: Path):
         with Staging(tmp_path / "new" / "out", self.KEY) as staging:
             self.finish_shard(staging, "a")
@@ -201,14 +210,12 @@ class TestStaging:
             Staging(tmp_path / "out", self.KEY)
 
     def test_force_replaces_a_model(self, tmp_path: Path):
-        old = tmp_path / "out"
-        old.mkdir()
-        (old / "config.json").write_text("old")
+        old = self.old(tmp_path / "out")
         with Staging(old, self.KEY, force=True) as staging:
             write_file(staging.model / "config.json", b"new")
-            assert (old / "config.json").read_text() == "old"
+            assert content(old) == OLD
             staging.publish()
-        assert (old / "config.json").read_text() == "new"
+        assert content(old) == {"config.json": b"new"}
         assert list(tmp_path.iterdir()) == [old]
 
     def test_force_replaces_where_the_system_cannot_exchange(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -216,12 +223,10 @@ class TestStaging:
         self.test_force_replaces_a_model(tmp_path)
 
     def test_an_exchange_that_was_cut_in_half_is_undone(self, tmp_path: Path):
-        aside = tmp_path / ".out.flashnorm-partial" / "replaced"
-        aside.mkdir(parents=True)
-        (aside / "config.json").write_text("old")
+        self.old(tmp_path / ".out.flashnorm-partial" / "replaced")
         with suppress(KeyboardInterrupt), Staging(tmp_path / "out", self.KEY, force=True):
             raise KeyboardInterrupt
-        assert (tmp_path / "out" / "config.json").read_text() == "old"
+        assert content(tmp_path / "out") == OLD
 
     @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt, SystemExit])
     def test_an_exchange_that_fails_half_way_is_undone(
@@ -236,9 +241,7 @@ class TestStaging:
                 raise stop
             return rename(path, target)
 
-        old = tmp_path / "out"
-        old.mkdir()
-        (old / "config.json").write_text("old")
+        old = self.old(tmp_path / "out")
 
         def exchange() -> None:
             with Staging(old, self.KEY, force=True) as staging:
@@ -248,7 +251,7 @@ class TestStaging:
 
         with pytest.raises(stop):
             exchange()
-        assert (old / "config.json").read_text() == "old"
+        assert content(old) == OLD
         assert list(tmp_path.iterdir()) == [old]
 
     def test_the_lock_is_removed_last(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -269,14 +272,79 @@ class TestStaging:
         with pytest.raises(InputError, match="another run"), Staging(tmp_path / "out", self.KEY):
             pass
 
-    def test_force_replaces_nothing_but_a_model(self, tmp_path: Path):
-        (tmp_path / "home").mkdir()
-        (tmp_path / "home" / "letter").touch()
+    def test_force_replaces_nothing_but_a_folder(self, tmp_path: Path):
+        self.old(tmp_path / "old")
         (tmp_path / "file").touch()
-        (tmp_path / "link").symlink_to("home")
-        for name in ("home", "file", "link"):
-            with pytest.raises(InputError, match="expected a model folder"):
+        (tmp_path / "link").symlink_to("old")
+        (tmp_path / "nowhere").symlink_to("absent")
+        for name in ("file", "link", "nowhere"):
+            with pytest.raises(InputError, match="expected a folder that convert wrote"):
                 Staging(tmp_path / name, self.KEY, force=True)
+
+    @pytest.mark.parametrize("when", ["before", "while it runs", "while it runs, and the target is new"])
+    def test_what_is_put_into_the_target_stays(self, tmp_path: Path, when: str):
+        """It is found just before the old model would go. What is finished is kept for a repeated run."""
+        target = tmp_path / "out"
+        if "new" not in when:
+            self.old(target)
+        if when == "before":
+            (target / "notes").touch()
+
+        def replace() -> None:
+            with Staging(target, self.KEY, force=True) as staging:
+                self.finish_shard(staging, "a")
+                target.mkdir(exist_ok=True)
+                (target / "notes").touch()
+                staging.publish()
+
+        with pytest.raises(InputError, match="'notes'"):
+            replace()
+        (target / "notes").unlink()
+        assert content(target) == (OLD if "new" not in when else {})
+        with Staging(target, self.KEY, force=True) as staging:
+            assert (staging.kept("a") is None) == (when == "before")
+            write_file(staging.model / "config.json", b"new")
+            staging.publish()
+        assert (target / "config.json").read_bytes() == b"new"
+        assert list(tmp_path.iterdir()) == [target]
+
+    def test_a_file_of_the_target_that_is_changed_while_it_runs_stays(self, tmp_path: Path):
+        """Its size stays, and so does its time: whoever writes can set that."""
+        path = self.old(tmp_path / "out") / "model.safetensors"
+        before = path.stat()
+
+        def replace() -> None:
+            with Staging(tmp_path / "out", self.KEY, force=True) as staging:
+                path.write_bytes(b"new")
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+                staging.publish()
+
+        with pytest.raises(InputError, match=r"'model\.safetensors', changed since"):
+            replace()
+        assert path.read_bytes() == b"new"
+
+    def test_files_are_read_once(self, tmp_path: Path):
+        """Touched ones are read again, and are still ours."""
+        for touched in (False, True):
+            read: list[tuple[int, int]] = []
+            old = self.old(tmp_path / f"out{touched}")
+            with Staging(
+                old, self.KEY, force=True, progress=lambda *numbers, read=read: read.append(numbers)
+            ) as staging:
+                if touched:
+                    (old / "config.json").touch()
+                staging.publish()
+            assert read == [(2, 5), (5, 5)] * (1 + touched)
+
+    def test_a_link_in_the_place_of_the_staging_folder_is_not_cleared(self, tmp_path: Path):
+        home = self.old(tmp_path / "home")
+        (tmp_path / ".out.flashnorm-partial").symlink_to("home")
+        (tmp_path / ".other.flashnorm-partial").mkdir()
+        (tmp_path / ".other.flashnorm-partial" / "model").symlink_to(home)
+        for name in ("out", "other"):
+            with pytest.raises(InputError, match="found a link"), Staging(tmp_path / name, self.KEY):
+                pass
+        assert content(home) == OLD
 
     def test_a_place_that_cannot_be_written_is_refused(self):
         with pytest.raises(InputError, match="cannot be written"), Staging(Path("/proc/out"), self.KEY):

@@ -15,6 +15,7 @@ from flashnorm.checkpoint.names import StoredNames
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import listed_norms
 from flashnorm.integrations.vllm import register, rules
+from flashnorm.runtime.adapters import adapter_refusal
 from flashnorm.trace.models import meta_model
 
 LAYER, FINAL = "model.layers.0.input_layernorm.weight", "model.norm.weight"
@@ -107,11 +108,11 @@ def test_passes_that_need_a_weight(passes: dict[str, bool], compiled: bool, quan
 
 def test_adapters(tmp_path: Path) -> None:
     model = str(tmp_path)
-    assert rules.adapter_refusal({"base_model_name_or_path": model + "/."}, model) is None
-    assert rules.adapter_refusal({"base_model_name_or_path": "a/b"}, "a/b") is None
-    assert rules.adapter_refusal({"base_model_name_or_path": "a/b", "flashnorm": True}, model) is None
-    assert "'a/b'" in str(rules.adapter_refusal({"base_model_name_or_path": "a/b"}, model))
-    assert rules.adapter_refusal({}, model) is not None
+    assert adapter_refusal({"base_model_name_or_path": model + "/."}, model) is None
+    assert adapter_refusal({"base_model_name_or_path": "a/b"}, "a/b") is None
+    assert adapter_refusal({"base_model_name_or_path": "a/b", "flashnorm": True}, model) is None
+    assert "'a/b'" in str(adapter_refusal({"base_model_name_or_path": "a/b"}, model))
+    assert adapter_refusal({}, model) is not None
 
 
 def test_folded_norms_are_left_out_of_the_weights() -> None:

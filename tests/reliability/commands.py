@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import OLD, REFUSED, SENT, Outcomes, count
+from faults import REFUSED, SENT, Outcomes, count
 
 import tiny
 from flashnorm.checkpoint.writer import staging_folder
-from handmade import content
+from handmade import OLD, content
 
 # Some 40 MB, so that there is time to disturb.
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 4096}

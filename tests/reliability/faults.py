@@ -32,14 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from flashnorm.checkpoint import shard
 from flashnorm.convert import convert_checkpoint
 from flashnorm.errors import InputError
-from handmade import Handmade, content, make
+from handmade import OLD, Handmade, content, make
 
 # What became of each run, and what is wrong with that.
 Outcomes = Iterator[tuple[str, list[str]]]
 
 REFUSED, CRASHED = 2, 99
 SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-OLD = {"config.json": b"{}", "model.safetensors": b"old"}
 
 
 class Place:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 import flashnorm
 import tiny
-from flashnorm.checkpoint.writer import file_record
+from flashnorm.checkpoint.records import file_record
 from flashnorm.errors import InputError
 from flashnorm.verify.integrity import IntegrityReport, verify_integrity
 

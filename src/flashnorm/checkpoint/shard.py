@@ -20,7 +20,8 @@ from flashnorm.checkpoint.ahead import ahead
 from flashnorm.checkpoint.direct_io import DirectReader, DirectWriter, buffers
 from flashnorm.checkpoint.header import TORCH_DTYPES, Header, TensorInfo, encode_header
 from flashnorm.checkpoint.names import CheckpointPlan, GainUse, TensorFold
-from flashnorm.checkpoint.writer import FileRecord, ShardRecord
+from flashnorm.checkpoint.records import FileRecord
+from flashnorm.checkpoint.writer import ShardRecord
 from flashnorm.fold import Gain, fold_weight, gain_of, product_of
 
 # Bytes of a piece. Smaller ones cost system calls, larger ones fall out of the processor's caches.

@@ -5,6 +5,8 @@
   whose hash is still what the journal says.
 * config.json is the last file to appear, so that nothing takes the staging folder for a model.
 * A lock keeps two runs from the same target. The system drops it when a process dies.
+* An old target is replaced only if `convert` wrote everything in it. That is checked before the work starts, so that
+  nothing is done in vain, and again just before the new one takes its place.
 """
 
 import contextlib
@@ -21,26 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flashnorm.checkpoint.direct_io import sha256_of
-from flashnorm.checkpoint.source_files import cannot_read, open_file, status_of
+from flashnorm.checkpoint.records import FileRecord, file_record
+from flashnorm.checkpoint.replaceable import States, check_contents, check_hashes
+from flashnorm.checkpoint.source_files import open_file
 from flashnorm.errors import InputError
 
 _LOCK = "lock"
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file's identity: SHA-256 as hexadecimal text, size in bytes."""
-
-    sha256: str
-    size: int
-
-    @staticmethod
-    def of(data: bytes) -> "FileRecord":
-        """The record of a file that holds these bytes."""
-        return FileRecord(hashlib.sha256(data).hexdigest(), len(data))
 
 
 @dataclass(frozen=True)
@@ -60,21 +50,32 @@ class Staging:
         model: the folder to write into.
     """
 
-    def __init__(self, target: Path, key: Mapping[str, Any], *, force: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        key: Mapping[str, Any],
+        *,
+        force: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
         """Make the staging folder, or take up the one of an earlier run.
 
         Args:
             target: the folder to publish. Its parent is made if there is none.
             key: JSON values; shards of an earlier run are kept only if its key was the same.
-            force: replace a target that exists.
+            force: replace a target that exists, if everything in it is what `convert` wrote.
+            progress: called while the files of such a target are read, with the bytes so far, and in all.
 
         Raises:
-            InputError: the target exists, another run holds the lock, or the place cannot be written to.
+            InputError: the target exists, or holds what is not to be deleted, another run holds the lock, or the place
+                cannot be written to.
         """
         self.target = target
         self.folder = staging_folder(target)
         self.model = self.folder / "model"
         self._force = force
+        self._progress = progress
+        self._old: States | None = None
         self._key = json.loads(json.dumps(key))
         self._shards: dict[str, ShardRecord] = {}
         self._lock: int | None = None
@@ -83,11 +84,12 @@ class Staging:
     def __enter__(self) -> "Staging":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            _refuse_links(self.folder, self.model, self._replaced)
             self._lock = self._take_lock()
             self._restore_replaced()
-            # Another run may have published since we looked first.
-            check_target(self.target, force=self._force)
+            # First, as what is refused may be continued once the target is clear.
             self._shards = self._read_journal()
+            self._check_old()
             self.model.mkdir(exist_ok=True)
             _clear(self.model, keep=self._shards)
         except OSError as error:
@@ -136,7 +138,8 @@ class Staging:
         """Make `model` the target, in one rename. Everything in it must have been synced to the disk."""
         for folder, _, _ in os.walk(self.model):
             sync_folder(Path(folder))
-        if self._force and self.target.exists():
+        if self._force and os.path.lexists(self.target):
+            self._check_old()
             _exchange(self.model, self.target, aside=self._replaced)
         else:
             # Fails if someone has made the target meanwhile, unless as an empty folder.
@@ -152,6 +155,14 @@ class Staging:
     @property
     def _replaced(self) -> Path:
         return self.folder / "replaced"
+
+    def _check_old(self) -> None:
+        """`check_target`, and the hashes of files that were not hashed yet, or were touched since."""
+        # Another run may have published since we looked first, or somebody may have begun to work there.
+        states = check_target(self.target, force=self._force)
+        if states is not None and states != self._old:
+            check_hashes(self.target, states, self._progress)
+        self._old = states
 
     def _take_lock(self) -> int:
         path = self.folder / _LOCK
@@ -219,26 +230,33 @@ def staging_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.flashnorm-partial"
 
 
-def check_target(target: Path, *, force: bool) -> None:
-    """Raise `InputError` if the target exists and is not to be replaced, or is nothing that `force` may replace."""
+def check_target(target: Path, *, force: bool) -> States | None:
+    """Raise `InputError` if the target exists and is not to be replaced, or holds what `force` may not delete.
+
+    Hashes are not looked at: `Staging` does that.
+
+    Returns:
+        The state of the target's contents; None if it does not exist.
+    """
     if not os.path.lexists(target):
-        return
+        return None
     if not force:
         left = staging_folder(target)
         note = f" ({left} is left from an interrupted run and can be deleted)" if left.exists() else ""
         raise InputError(f"{target}: expected nothing there yet, found it exists; choose another, or --force{note}")
-    if target.is_symlink() or not os.path.isdir(target) or not _is_model_or_empty(target):
+    if target.is_symlink() or not os.path.isdir(target):
         raise InputError(
-            f"{target}: expected a model folder to replace (one with config.json), found something else; "
-            "remove it yourself or choose another target"
+            f"{target}: expected a folder that convert wrote, to replace it, found a link or no folder; remove it "
+            "yourself or choose another target"
         )
+    return check_contents(target)
 
 
-def _is_model_or_empty(folder: Path) -> bool:
-    try:
-        return (folder / "config.json").is_file() or not any(folder.iterdir())
-    except OSError as error:
-        raise cannot_read(folder, error) from error
+def _refuse_links(*folders: Path) -> None:
+    """What a link leads to is not ours to clear."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise InputError(f"{folder}: expected a folder of an earlier run, found a link; remove it")
 
 
 @contextlib.contextmanager
@@ -277,11 +295,6 @@ def copy_file(source: Path, path: Path) -> FileRecord:
             size += len(block)
         os.fsync(copy.fileno())
     return FileRecord(digest.hexdigest(), size)
-
-
-def file_record(path: Path, advance: Callable[[int], object] | None = None) -> FileRecord:
-    """Hash and size of a file; `advance` as for `sha256_of`. Raises `InputError` if it cannot be read."""
-    return FileRecord(sha256_of(path, advance=advance), status_of(path).st_size)
 
 
 def sync_folder(folder: Path) -> None:

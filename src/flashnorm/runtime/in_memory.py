@@ -16,6 +16,7 @@ from flashnorm.errors import InputError
 from flashnorm.fold import PRECISION, Gain, divide_bias, fold_weight, gain_of
 from flashnorm.plan import FoldPlan
 from flashnorm.planning import keep_indivisible
+from flashnorm.runtime.adapters import FOLDED, guard_adapters
 from flashnorm.runtime.weightless import make_weightless, needs_readable_weights, under_all_names
 from flashnorm.trace.planner import plan_of
 
@@ -53,7 +54,9 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> nn
             model.get_parameter(name).copy_(value)
     if isinstance(model, PreTrainedModel):
         mark_config(model.config, checkpoint_plan(plan, model, ()).norms)
+        model.name_or_path = (model.name_or_path or "") + FOLDED
     make_weightless(model, norms, readable)
+    guard_adapters(model, list(norms), [linear.name for fold in plan.folds for linear in fold.linears])
     return model
 
 

@@ -20,6 +20,7 @@ from flashnorm.checkpoint.state import weightless_norms
 from flashnorm.errors import InputError, brief
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
+from flashnorm.runtime.adapters import guard_adapters
 from flashnorm.runtime.fused import NO_KERNELS
 from flashnorm.runtime.in_memory import mark_config
 from flashnorm.runtime.optimize import optimize_if_supported
@@ -72,6 +73,9 @@ def load(
     model = _load(folder, type(blank), parameters, list(norms), readable, dtype=dtype, **kwargs)
     folded = replace(plan, folds=tuple(fold for fold in plan.folds if fold.norm in parameters))
     mark_config(model.config, checkpoint_plan(folded, blank, ()).norms)
+    # The name that adapters made from this model will have as their base: a hub id, not its place in the cache.
+    model.name_or_path = model.config.name_or_path = str(source)
+    guard_adapters(model, list(parameters), [linear.name for fold in folded.folds for linear in fold.linears])
     model = model if device is None else model.to(device)  # type: ignore[arg-type]
     if optimize and optimize_if_supported(model) == NO_KERNELS:
         warnings.warn(f"the model runs in plain PyTorch: {NO_KERNELS}", stacklevel=2)

@@ -34,6 +34,9 @@ class WeightlessNorm(nn.Module):
         eps: added to the mean square.
     """
 
+    # Called before each forward; see `adapters.py`. No hook: a layer with hooks is not fused.
+    guard: Callable[[], object] | None = None
+
     def __init__(self, eps: float):
         super().__init__()
         self.eps = eps
@@ -41,6 +44,8 @@ class WeightlessNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., hidden size]` to the same shape and dtype."""
+        if self.guard is not None and not torch.compiler.is_compiling():
+            self.guard()
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return F.rms_norm(wide, (wide.shape[-1],), eps=self.eps).to(hidden_states.dtype)
 

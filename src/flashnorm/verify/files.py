@@ -13,9 +13,9 @@ from typing import Any
 from flashnorm.checkpoint.direct_io import sha256_of
 from flashnorm.checkpoint.names import CheckpointPlan
 from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.checkpoint.records import FileRecord, file_record
 from flashnorm.checkpoint.small_files import CARD_FILE, MANIFEST_FILE, copied_files
 from flashnorm.checkpoint.state import CONFIG_VERSION
-from flashnorm.checkpoint.writer import FileRecord, file_record
 from flashnorm.errors import InputError
 from flashnorm.plan import FoldPlan
 from flashnorm.verify.findings import Finding, Findings

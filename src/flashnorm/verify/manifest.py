@@ -11,8 +11,8 @@ from typing import Any
 
 from flashnorm.checkpoint.names import CheckpointPlan
 from flashnorm.checkpoint.reader import Checkpoint, read_json
+from flashnorm.checkpoint.records import FileRecord, file_record, listed_records
 from flashnorm.checkpoint.small_files import MANIFEST_FILE, MANIFEST_VERSION, TOOL_FOLDERS
-from flashnorm.checkpoint.writer import FileRecord, file_record
 from flashnorm.errors import InputError
 from flashnorm.plan import FoldPlan
 from flashnorm.verify.findings import Finding, Findings
@@ -66,7 +66,9 @@ class Manifest:
             read_plan = FoldPlan.from_dict(plan)
         except InputError as error:
             raise InputError(f"{path}: {error}; {remedy}") from error
-        return Manifest(release, source, revision, _records(read, path), options, read_plan, _records(written, path))
+        return Manifest(
+            release, source, revision, listed_records(read, path), options, read_plan, listed_records(written, path)
+        )
 
     def check_files(self, found: Mapping[str, FileRecord], findings: Findings) -> int:
         """Report files that are missing, added, or others than those that were written.
@@ -157,17 +159,6 @@ def names_in(folder: Path) -> Iterator[str]:
             folders[:] = [name for name in folders if name not in TOOL_FOLDERS]
         for name in (*files, *(name for name in folders if (Path(root) / name).is_symlink())):
             yield (Path(root) / name).relative_to(folder).as_posix()
-
-
-def _records(files: dict[str, Any], path: Path) -> dict[str, FileRecord]:
-    records: dict[str, FileRecord] = {}
-    for name, entry in files.items():
-        match entry:
-            case {"sha256": str(sha256), "size": int(size)}:
-                records[name] = FileRecord(sha256, size)
-            case _:
-                raise InputError(f"{path}: expected sha256 and size of {name}, found {str(entry)[:80]}")
-    return records
 
 
 def _other(what: str, name: str, stored: str, listed: str) -> Finding:

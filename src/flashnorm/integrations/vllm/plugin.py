@@ -20,7 +20,8 @@ from flashnorm.checkpoint.state import listed_norms
 from flashnorm.errors import InputError
 from flashnorm.integrations.vllm.files import check_complete, folded_norms, open_files, planned
 from flashnorm.integrations.vllm.norms import make_weightless
-from flashnorm.integrations.vllm.rules import adapter_refusal, refusal, unsupported, without_folded
+from flashnorm.integrations.vllm.rules import refusal, unsupported, without_folded
+from flashnorm.runtime.adapters import adapter_refusal
 
 _log = logging.getLogger("vllm.flashnorm")
 

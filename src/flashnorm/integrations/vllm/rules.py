@@ -1,6 +1,5 @@
-"""What the plugin decides, without vLLM: versions, names, uses and adapters that are refused."""
+"""What the plugin decides, without vLLM: versions, names and uses that are refused."""
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -107,31 +106,6 @@ def fused_with_weight(passes: Any, *, compiled: bool, quantized: bool) -> bool:
     """
     chosen = [name for name in _PASSES_WITH_WEIGHT if getattr(passes, name, None)]
     return compiled and bool(chosen) and (quantized or chosen != ["fuse_norm_quant"])
-
-
-def adapter_refusal(adapter: Mapping[str, Any], model: str) -> str | None:
-    """Why a LoRA adapter cannot be used with a FlashNorm checkpoint, or None.
-
-    An adapter reads the norms' outputs as the model that it was trained on computes them, so it must have been trained
-    on this one, or been folded itself.
-
-    Args:
-        adapter: its `adapter_config.json`.
-        model: the checkpoint, as vLLM was given it.
-    """
-    base = adapter.get("base_model_name_or_path")
-    if adapter.get("flashnorm") or (isinstance(base, str) and _same_place(base, model)):
-        return None
-    return (
-        f"expected an adapter for {model}, found one for {base!r}; one that was trained on the model before its "
-        "conversion gives wrong results here, as its inputs lack the norms' gains: serve that model, or train the "
-        'adapter on this one. If it was, set base_model_name_or_path, or put "flashnorm": true into its '
-        "adapter_config.json"
-    )
-
-
-def _same_place(one: str, other: str) -> bool:
-    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
 
 
 def without_folded(weights: Iterable[tuple[str, Tensor]], norms: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
