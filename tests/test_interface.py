@@ -44,8 +44,6 @@ print(*sorted(name for name in flashnorm.__all__ if name in globals()))
     [
         "",
         "import flashnorm.verify.weights, flashnorm.convert, flashnorm.plan",
-        "from flashnorm.verify.weights import verify_weights",
-        "from flashnorm import plan, convert, verify",
         "import flashnorm; flashnorm.verify; import flashnorm.verify.page, flashnorm.convert, flashnorm.plan",
     ],
 )
