@@ -1,6 +1,7 @@
 """Folding in memory: the same function in float64, and norms that really have no weight."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -174,3 +175,39 @@ def test_in_inference_mode() -> None:
         model = tiny.model(tiny.config("gemma3_text"), torch.float64)
         before = logits(model)
         assert (logits(flashnorm.fold_(model)) - before).abs().max() <= 1e-10 * before.abs().max()
+
+
+class AnyArguments(nn.RMSNorm):
+    """Of one parameter that stands for any number of arguments: what a second one does with the weight is not known."""
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return super().forward(tensors[0])
+
+
+def hooked() -> nn.Module:
+    norm = nn.RMSNorm(4)
+    norm.register_forward_hook(lambda module, args, output: 2 * output)
+    return norm
+
+
+def patched() -> nn.Module:
+    norm = nn.RMSNorm(4)
+    norm.forward = lambda x: 2 * nn.functional.rms_norm(x, (4,), norm.weight)
+    return norm
+
+
+@pytest.mark.parametrize("make", [lambda: AnyArguments(4), hooked, patched])
+def test_a_norm_that_does_more_than_its_class_says_stays(make: Callable[[], nn.Module]) -> None:
+    x = torch.randn(3, 4)
+    model = nn.Sequential(make())
+    expected = model(x)
+    assert make_weightless(model, {"0.weight": 1.0}) == {"0.weight": 1.0}
+    assert torch.equal(model(x), expected)
+
+
+def test_a_weightless_norm_takes_one_tensor() -> None:
+    norm, x = WeightlessNorm(1e-6), torch.ones(2, 4)
+    assert norm(hidden_states=x).shape == x.shape
+    for args, kwargs in (((x, x), {}), ((x,), {"gate": x}), ((), {"x": x})):
+        with pytest.raises(TypeError):
+            norm(*args, **kwargs)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from flashnorm.compat.transformers import initialise
 from flashnorm.trace.models import on_meta
 
 
@@ -37,7 +38,7 @@ def wrongly_initialised(model: PreTrainedModel, identities: Mapping[str, float])
 
 
 def _innermost_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The innermost model that a module is or is in: its `_init_weights` is the one that transformers calls."""
+    """The innermost model that a module is or is in: it is the one that transformers lets initialise the module."""
     while not isinstance(found := model.get_submodule(name), PreTrainedModel):
         name = name.rpartition(".")[0]
     return found
@@ -51,7 +52,7 @@ def _initialises_to(parent: PreTrainedModel, owner: nn.Module, attribute: str, v
     memo[id(owner.get_parameter(attribute))] = unset
     probe = copy.deepcopy(owner, memo)
     try:
-        parent._init_weights(probe)
+        initialise(parent, probe)
     except Exception:  # it needs more of the module than this; then nothing is promised
         return False
     return bool((probe.get_parameter(attribute) == value).all())

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from flashnorm.checkpoint.initial import wrongly_initialised
+from flashnorm.compat.transformers import as_stored, optional_tensors, prefix_of_base
 from flashnorm.errors import InputError
 from flashnorm.plan import FoldPlan, Linear, Segments
 from flashnorm.trace.planner import names_by_parameter, segments_of
@@ -112,7 +112,7 @@ class StoredNames:
         self._aliases = names_by_parameter(model)
         self._known: set[str] = set()
         self._present = tensors
-        self._optional = tuple(model._keys_to_ignore_on_load_missing or ())
+        self._optional = optional_tensors(model)
         own = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
         stored = _views_as_stored(model, own)
         spell = _spelling(model, stored, own, tensors)
@@ -255,7 +255,7 @@ def _views_as_stored(model: PreTrainedModel, own: Mapping[str, str]) -> dict[str
     parameters = {name: model.get_parameter(name).to("meta") for name in dict.fromkeys(own.values())}
     tracer = Tracer(model, parameters)
     with tracer, torch.no_grad():
-        stored = revert_weight_conversion(model, {alias: parameters[name] for alias, name in own.items()})
+        stored = as_stored(model, {alias: parameters[name] for alias, name in own.items()})
     return {name: tracer.value_of(tensor).view for name, tensor in stored.items()}
 
 
@@ -270,7 +270,7 @@ def _spelling(
         own: the module's names, which count where the others say nothing.
         tensors: the names of the checkpoint's tensors.
     """
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    prefix = prefix_of_base(model)
     spellings: list[Callable[[str], str]] = [
         lambda name: name,
         lambda name: name.removeprefix(prefix),

@@ -24,7 +24,7 @@ CACHES: dict[str, bool] = {
 # What a layer hands on to attention, unread. The last two are kept by hooks, see `recorded`.
 FOR_ATTENTION = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states"})
 
-# Attributes of a config that say nothing about what the model computes: how Transformers runs attention, what it returns.
+# Attributes of a config that say how attention is run and what is returned, and nothing of what the model computes.
 INDIFFERENT_SETTINGS = frozenset(
     {
         *("_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path", "_commit_hash"),

@@ -8,37 +8,22 @@
 * The type is lm-eval's `hf` in all but the loading, which is `flashnorm.load`: norms without weights, fused kernels.
 """
 
-# Types are checked where lm-eval is not installed.
-# pyright: reportMissingImports=false
-
 import sys
 from typing import Any, NoReturn
 
+from transformers import PreTrainedModel
+
+from flashnorm.compat import lm_eval
+from flashnorm.errors import InputError
+from flashnorm.runtime.load import load
+
 try:
-    from lm_eval.__main__ import cli_evaluate
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
+    HFLM: Any = lm_eval.hf_type()
 except ImportError as error:
     if __name__ != "__main__":
         raise
     print(f"flashnorm: expected lm-eval, found {error}; pip install 'flashnorm[evals]'", file=sys.stderr)
     sys.exit(2)
-from transformers import PreTrainedModel
-
-from flashnorm.errors import InputError
-from flashnorm.runtime.load import load
-
-# Options of `hf` that load something else, or in another way; what each is at when it is not used.
-_OTHERWISE = {
-    "revision": ("main", None),
-    "subfolder": ("",),
-    "gguf_file": (None,),
-    "autogptq": (False,),
-    "gptqmodel": (False,),
-    "tp_plan": (None,),
-    "peft": (None,),
-    "delta": (None,),
-}
 
 
 class _Loader:
@@ -46,36 +31,29 @@ class _Loader:
 
     @staticmethod
     def from_pretrained(folder: str, **options: Any) -> PreTrainedModel:
-        # They are at what `_OTHERWISE` says.
-        for option in ("revision", "subfolder", "gguf_file"):
-            del options[option]
-        return load(folder, **options)
+        lm_eval.check_options(options, lm_eval.LOADING)
+        return load(folder, **{name: value for name, value in options.items() if name in lm_eval.LOADING})
 
 
-@register_model("flashnorm")
+@lm_eval.register("flashnorm")
 class FlashNormLM(HFLM):
     """A FlashNorm checkpoint, loaded by `flashnorm.load`; the options of `hf`, but for those that load something else.
 
     Raises:
-        InputError: it is no FlashNorm checkpoint, or a damaged one, or an option does not fit it.
+        InputError: it is no FlashNorm checkpoint, or a damaged one, or an option does not fit it, or is not known.
     """
 
     AUTO_MODEL_CLASS = _Loader
 
     def __init__(self, pretrained: str, **options: Any):
-        used = [name for name, unused in _OTHERWISE.items() if name in options and options[name] not in unused]
-        if used:
-            raise InputError(
-                f"expected model arguments that fit a FlashNorm checkpoint, found {', '.join(used)}; leave them out, "
-                "fetch the checkpoint into a folder first, or see whether --model hf does what you need"
-            )
+        lm_eval.check_options(options, lm_eval.EVALUATING | lm_eval.LOADING)
         super().__init__(pretrained, **options)
 
 
 def main() -> NoReturn:
     """lm-eval's own command line. Exit status 2 if the checkpoint cannot be used."""
     try:
-        sys.exit(cli_evaluate())
+        sys.exit(lm_eval.command()())
     except InputError as error:
         print(f"flashnorm: {error}", file=sys.stderr)
         sys.exit(2)

@@ -37,7 +37,16 @@ _AROUND = frozenset(
 _OPTIONS_AROUND = frozenset(
     {
         *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time", "do_sample"),
-        *("num_beams", "num_beam_groups", "num_return_sequences", "use_cache", "temperature", "top_k", "top_p", "min_p"),
+        *(
+            "num_beams",
+            "num_beam_groups",
+            "num_return_sequences",
+            "use_cache",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+        ),
         *("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty"),
         *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
         *("renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
@@ -45,7 +54,12 @@ _OPTIONS_AROUND = frozenset(
         *("watermarking_config", "token_healing", "pad_token_id", "bos_token_id", "eos_token_id", "low_memory"),
         *("decoder_start_token_id", "transformers_version", "diversity_penalty", "max_cache_len", "cache_config"),
         *("compile_config", "disable_compile", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
-        *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "speculation_type"),
+        *(
+            "num_assistant_tokens",
+            "num_assistant_tokens_schedule",
+            "assistant_confidence_threshold",
+            "speculation_type",
+        ),
         *("assistant_lookbehind", "target_lookbehind", "assistant_early_exit", "assistant_ensemble_weight"),
         *("max_matching_ngram_size", "continuous_batching_config", "output_scores", "output_logits"),
         "cache_implementation",

@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch import nn
 
-from flashnorm.compat import generation, modules
+from flashnorm.compat import generation
+from flashnorm.compat.torch import children, forward_hooks, has_hooks, surroundings
 
 _log = logging.getLogger("flashnorm")
 _said: set[tuple[str, str]] = set()
@@ -69,7 +70,7 @@ class _Part:
             keys=frozenset(vars(module)) | ignored,
             plain=tuple((key, value) for key, value in settings if isinstance(value, _PLAIN)),
             others=tuple((key, value) for key, value in settings if not isinstance(value, _PLAIN)),
-            children=dict(modules.children(module)),
+            children=dict(children(module)),
         )
 
     def change(self) -> str | None:
@@ -89,23 +90,23 @@ class _Part:
                 if hasattr(kind, key):
                     return f"{self.called} has a {key} of its own"
         for key, value in self.plain:
-            if (found := state.get(key, _MISSING)) is not value and found != value:
+            if (setting := state.get(key, _MISSING)) is not value and setting != value:
                 return f"{key} of {self.called} was changed"
         for key, value in self.others:
             if state.get(key, _MISSING) is not value:
                 return f"{key} of {self.called} was replaced"
-        children = modules.children(module)
-        if len(children) != len(self.children):
+        found = children(module)
+        if len(found) != len(self.children):
             return f"{self.called} has more submodules, or fewer"
         for key, child in self.children.items():
-            if children.get(key, _MISSING) is not child:
+            if found.get(key, _MISSING) is not child:
                 return f"{key} of {self.called} was replaced"
         return None
 
     def hooks(self) -> str | None:
         """Whether someone wants to see or change what the module computes."""
-        hooks = modules.forward_hooks(self.module)
-        if modules.has_hooks(self.module) or (hooks and not all(map(_is_idle, hooks.values()))):
+        hooks = forward_hooks(self.module)
+        if has_hooks(self.module) or (hooks and not all(map(_is_idle, hooks.values()))):
             return f"there is a hook on {self.called}"
         return None
 
@@ -150,7 +151,7 @@ class Guard:
 
     def change(self) -> str | None:
         """Why what was proven may not hold, or may not be used just now; None if it holds."""
-        if (reason := modules.surroundings()) is not None:
+        if (reason := surroundings()) is not None:
             return reason
         for part in self._parts:
             if (reason := part.change()) is not None:

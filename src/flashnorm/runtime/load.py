@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from flashnorm.acceptance import check_shapes
 from flashnorm.checkpoint.names import checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import weightless_norms
+from flashnorm.compat.transformers import ignore_stored
 from flashnorm.errors import InputError, brief
 from flashnorm.hub import local_folder
 from flashnorm.planning import plan_checkpoint
 from flashnorm.runtime.adapters import guard_adapters
-from flashnorm.runtime.fused import NO_KERNELS
 from flashnorm.runtime.in_memory import mark_config
-from flashnorm.runtime.optimize import optimize_if_supported
 from flashnorm.runtime.weightless import make_weightless, needs_readable_weights, under_all_names
 from flashnorm.trace.models import load_config, meta_model
 
@@ -77,9 +77,22 @@ def load(
     model.name_or_path = model.config.name_or_path = str(source)
     guard_adapters(model, list(parameters), [linear.name for fold in folded.folds for linear in fold.linears])
     model = model if device is None else model.to(device)  # type: ignore[arg-type]
-    if optimize and optimize_if_supported(model) == NO_KERNELS:
-        warnings.warn(f"the model runs in plain PyTorch: {NO_KERNELS}", stacklevel=2)
+    if optimize:
+        _optimize(model)
     return model
+
+
+def _optimize(model: PreTrainedModel) -> None:
+    """Let the fused kernels run it where they apply; warn where that is for want of what they need."""
+    try:
+        from flashnorm.runtime.fused import NO_KERNELS
+        from flashnorm.runtime.optimize import optimize_if_supported
+    except ImportError as error:  # a name that the kernels' runtime asks of an upstream is gone
+        reason = f"the fused kernels do not fit transformers {transformers.__version__} ({error})"
+    else:
+        reason = NO_KERNELS if optimize_if_supported(model) == NO_KERNELS else None
+    if reason is not None:
+        warnings.warn(f"the model runs in plain PyTorch: {reason}", stacklevel=3)
 
 
 def _load(
@@ -87,16 +100,13 @@ def _load(
 ) -> PreTrainedModel:
     constants: dict[str, float] = {}
 
-    # With --keep-norms the files hold the folded norms' identity values, which have no place to go any more.
-    ignored = [*(base._keys_to_ignore_on_load_unexpected or ()), *map(_exactly, tensors)]
-
     class WithoutNormWeights(base):
-        _keys_to_ignore_on_load_unexpected = ignored
-
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             constants.update(make_weightless(self, norms, readable))
 
+    # With --keep-norms the files hold the folded norms' identity values, which have no place to go any more.
+    ignore_stored(WithoutNormWeights, tensors)
     for attribute in ("__name__", "__qualname__", "__module__"):
         setattr(WithoutNormWeights, attribute, getattr(base, attribute))
     model = load_all(WithoutNormWeights, folder, **kwargs)
@@ -128,10 +138,6 @@ def load_all(base: Any, folder: Path, **kwargs: Any) -> PreTrainedModel:
             f"{', '.join(absent[:3])}; the checkpoint is damaged: fetch or convert it again"
         )
     return model
-
-
-def _exactly(name: str) -> str:
-    return "^" + name.replace(".", r"\.") + "$"
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:

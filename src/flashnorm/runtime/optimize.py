@@ -21,7 +21,6 @@ from flashnorm.runtime.layers import FusedForward, Rotation
 from flashnorm.runtime.proof import prove
 from flashnorm.runtime.structure import Decoder, UnsupportedError, find_decoder, kinds_of_layers, read_decoder
 
-
 _REPLACED = "what flashnorm.optimize had put there was replaced"
 
 

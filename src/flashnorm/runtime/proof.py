@@ -106,7 +106,7 @@ def _at_once(model: Any) -> Tensor:
 
 
 def _in_steps(model: Any, texts: int, cache: Any) -> Tensor:
-    """Logits of texts, the second one padded on the left: a prompt, then three single steps, `[texts, ..., vocabulary]`."""
+    """Logits `[tokens, vocabulary]` of a prompt, then of three single steps; a second text is padded on the left."""
     ids, mask = _ids(texts), torch.ones(texts, _TOKENS + _STEPS, dtype=torch.long)
     mask[1:, :_PADDING] = 0
     logits = []
@@ -128,7 +128,9 @@ _RUNS: dict[str, Callable[[Any], Tensor]] = {
     "without a cache": _at_once,
     "a prompt and three steps": lambda model: _in_steps(model, 1, DynamicCache(config=model.config)),
     "two texts, one padded": lambda model: _in_steps(model, 2, DynamicCache(config=model.config)),
-    "a static cache": lambda model: _in_steps(model, 2, StaticCache(config=model.config, max_cache_len=_TOKENS + _STEPS)),
+    "a static cache": lambda model: _in_steps(
+        model, 2, StaticCache(config=model.config, max_cache_len=_TOKENS + _STEPS)
+    ),
 }
 
 

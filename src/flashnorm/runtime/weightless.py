@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import PreTrainedModel
 
+from flashnorm.compat.torch import calls_itself, with_parameters
+from flashnorm.compat.transformers import forget_ties
 from flashnorm.errors import InputError
 from flashnorm.trace.models import on_meta
 from flashnorm.trace.planner import names_by_parameter, trace
@@ -64,10 +65,7 @@ def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool
     Returns:
         The names that are now constant buffers (not saved with the model) -> their value.
     """
-    if isinstance(model, PreTrainedModel):  # what is not there cannot be tied
-        model.all_tied_weights_keys = {
-            name: source for name, source in model.all_tied_weights_keys.items() if name not in norms
-        }
+    forget_ties(model, norms)
     constants: dict[str, float] = {}
     leaving: dict[str, dict[str, float]] = defaultdict(dict)
     for name, identity in norms.items():
@@ -75,7 +73,8 @@ def make_weightless(model: nn.Module, norms: Mapping[str, float], readable: bool
         leaving[owner_name][attribute] = identity
     for owner_name, identities in leaving.items():
         owner = model.get_submodule(owner_name)
-        identities = {name: one for name, one in identities.items() if owner._parameters.get(name) is not None}
+        present = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
+        identities = {name: one for name, one in identities.items() if name in present}
         if not identities:  # the module has two names
             continue
         replacement = _without_weights(owner, identities)
@@ -127,7 +126,7 @@ def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Modu
     """The module itself if it computes the same with these None, a `WeightlessNorm` if that does, else None."""
     parameters = dict(module.named_parameters(recurse=False))
     # One that can be given more than a tensor (a gate, say) may do more with its weight than what is measured here.
-    if [*module.buffers(), *module.children()] or len(inspect.signature(module.forward).parameters) != 1:
+    if [*module.buffers(), *module.children()] or not _takes_one(module.forward) or not calls_itself(module):
         return None
     if any(parameters[attribute].dim() != 1 for attribute in leaving):
         return None
@@ -156,14 +155,22 @@ def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Modu
     return None
 
 
+def _takes_one(forward: Callable[..., Any]) -> bool:
+    """Whether a function takes exactly one argument; `*args` and `**kwargs` are any number of them."""
+    parameters = [*inspect.signature(forward).parameters.values()]
+    return len(parameters) == 1 and parameters[0].kind in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+
+
 def _with_parameters(module: nn.Module, values: Mapping[str, Tensor | None], dtype: torch.dtype) -> nn.Module:
     """A copy of a module with these parameters, some of them None."""
-    probe = copy.copy(module)
-    probe._parameters = {
+    cast = {
         name: None if value is None else nn.Parameter(value.to(dtype), requires_grad=False)
         for name, value in values.items()
     }
-    return probe
+    return with_parameters(module, cast)
 
 
 def _outputs(module_in: Callable[[torch.dtype], nn.Module], channels: int) -> list[Tensor]:

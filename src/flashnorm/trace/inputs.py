@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
+from flashnorm.compat.torch import TorchDispatchMode, memory_of, tree_leaves, tree_map, without_modes, written
 from flashnorm.errors import InputError
 
 aten = torch.ops.aten
@@ -368,21 +367,17 @@ class MixedDevices(TorchDispatchMode):
         numbers = [self._numbers(tensor) for tensor in tensors]
         known = bool(tensors) and None not in numbers
         certain = known and all(each.certain for each in numbers if each)
-        written = [
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.is_write and isinstance(value, Tensor)
-        ]
+        targets = written(func, args)
         leaves_meta = func.overloadpacket is aten._to_copy and torch.device(kwargs.get("device") or _META) != _META
         if certain or (known and leaves_meta):
             if not certain:
                 self._asked()
             result = self._compute(func, args, kwargs)
-            if written:
-                return written[0]
+            if targets:
+                return targets[0]
             to_meta = kwargs.get("device", _META) == _META and any(tensor.is_meta for tensor in tensors)
             return tree_map(self._to_known, result) if to_meta or kwargs.get("device") == _META else result
-        for tensor in written:
+        for tensor in targets:
             if not tensor.is_meta:
                 raise NotImplementedError(f"{func} writes a tensor without values into one with values")
             if not known or self._known[id(tensor)][1].certain:
@@ -404,7 +399,7 @@ class MixedDevices(TorchDispatchMode):
 
         args, kwargs = tree_map(values, (args, kwargs))
         kwargs = {name: "cpu" if name == "device" and value == _META else value for name, value in kwargs.items()}
-        with _disable_current_modes():
+        with without_modes():
             return func(*args, **kwargs)
 
     def _to_known(self, leaf: Any) -> Any:
@@ -417,9 +412,9 @@ class MixedDevices(TorchDispatchMode):
     def _forget(self, tensor: Tensor) -> None:
         """The tensor is about to be overwritten with what is not known, and so are all that share its memory."""
         if numbers := self._numbers(tensor):
-            memory = numbers.values.untyped_storage()._cdata
+            memory = memory_of(numbers.values)
             for key, (_, other) in list(self._known.items()):
-                if other.values.untyped_storage()._cdata == memory:
+                if memory_of(other.values) == memory:
                     del self._known[key]
 
     def _on_meta(self, func: Any, args: Any) -> Any:
@@ -434,7 +429,7 @@ class MixedDevices(TorchDispatchMode):
         numbers = self._numbers(index)
         if numbers is None or not numbers.certain:
             return index.nonzero().unbind(1)
-        with _disable_current_modes():
+        with without_modes():
             return numbers.values.nonzero().unbind(1)
 
     def _guess(self, func: Any, args: Any, kwargs: Any, result: Any, computable: bool) -> None:

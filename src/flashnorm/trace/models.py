@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from flashnorm.checkpoint.reader import CONFIG_FILE, read_json
 from flashnorm.checkpoint.source_files import check_inside
+from flashnorm.compat.torch import module_registrations
+from flashnorm.compat.transformers import built, class_for, has_code_for
 from flashnorm.errors import InputError, brief
 from flashnorm.hub import check_source
 
@@ -103,9 +104,8 @@ def model_class(config: PretrainedConfig) -> Any:
     composite = config.get_text_config() is not config
     # Of a config with several parts, the language model alone would be a part.
     for auto in sorted(_AUTO_CLASSES, key=lambda auto: composite and auto is transformers.AutoModelForCausalLM):
-        if type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
-            return found[0] if isinstance(found, (tuple, list)) else found
+        if (found := class_for(auto, config)) is not None:
+            return found
     raise InputError(f"expected the config of a model, found {type(config).__name__}, for which transformers has none")
 
 
@@ -132,10 +132,10 @@ def meta_model(config: PretrainedConfig, untie: bool = False, trust_remote_code:
                 "its config says; leave out --untie"
             )
         with _META, _limited_size():
-            if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            if trust_remote_code and has_code_for(transformers.AutoModelForCausalLM, config):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
             else:
-                model = model_class(config)._from_config(config)
+                model = built(model_class(config), config)
     except InputError:
         raise
     except Exception as error:
@@ -157,7 +157,7 @@ def _limited_size() -> Iterator[None]:
     """Stop the building of a model that has more modules than any model has: its config is damaged, or an attack."""
     thread, modules = threading.get_ident(), 0
 
-    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    def count() -> None:
         nonlocal modules
         modules += threading.get_ident() == thread
         if modules > MAX_MODULES:
@@ -165,11 +165,8 @@ def _limited_size() -> Iterator[None]:
                 f"expected the config of a model of at most {MAX_MODULES} modules, found more; is config.json damaged?"
             )
 
-    hook = register_module_module_registration_hook(count)
-    try:
+    with module_registrations(count):
         yield
-    finally:
-        hook.remove()
 
 
 def on_meta(tensor: Tensor) -> Tensor:

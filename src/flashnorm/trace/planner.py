@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
+from flashnorm.compat.torch import tree_map
+from flashnorm.compat.transformers import plain_operators
 from flashnorm.errors import InputError, brief
 from flashnorm.plan import Fold, FoldPlan, Kept, Linear, Segments
 from flashnorm.trace.inputs import Arguments, Call, MixedDevices, example_calls
@@ -83,8 +83,8 @@ def _traced(model: nn.Module, calls: Callable[[Tracer], Any]) -> tuple[Tracer, E
     state = {
         f"model.{name}.{attribute}" if name else f"model.{attribute}": blank[id(tensor)]
         for name, module in model.named_modules()
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
+        for tensors in (module.named_parameters, module.named_buffers)
+        for attribute, tensor in tensors(recurse=False, remove_duplicate=False)
     }
     runner = _Runner(model, tracer)
     run = partial(torch.func.functional_call, runner, state, (lambda: calls(tracer),), tie_weights=False)
@@ -155,20 +155,11 @@ def _run_all(model: nn.Module, calls: Sequence[tuple[Call, Arguments | None]], t
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the implementations of attention and experts that are made of plain operators."""
     training = [module for module in model.modules() if module.training]
-    settings: list[tuple[Any, str, Any]] = []
-    if isinstance(model, PreTrainedModel):
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                for attribute, value in (("_attn_implementation", "eager"), ("_experts_implementation", "batched_mm")):
-                    if (old := getattr(module.config, attribute, None)) is not None:
-                        settings.append((module.config, attribute, old))
-                        setattr(module.config, attribute, value)
     model.eval()
     try:
-        yield
+        with plain_operators(model):
+            yield
     finally:
-        for config, attribute, old in reversed(settings):
-            setattr(config, attribute, old)
         for module in training:
             module.training = True
 

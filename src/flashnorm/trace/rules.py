@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from flashnorm.compat.torch import is_mutable, tree_leaves
 from flashnorm.trace.values import (
     LOST,
     PLAIN,
@@ -73,7 +73,7 @@ class Call:
         results = [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, Tensor)]
         packet = self.func.overloadpacket
         name = packet.__name__
-        if self.func._schema.is_mutable and name.endswith("_"):
+        if is_mutable(self.func) and name.endswith("_"):
             packet = getattr(aten, name.rstrip("_"), packet)  # in place: the rule of the operator out of place
         rule = RULES.get(packet)
         try:

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from flashnorm.compat.torch import TorchDispatchMode, is_mutable, memory_of, tree_leaves
 from flashnorm.plan import Kept
 from flashnorm.trace import rules
 from flashnorm.trace.values import PLAIN, Value, View
@@ -128,12 +127,12 @@ class Tracer(TorchDispatchMode):
         self.operators[f"{call.func} {numbers}"] += 1
         values = call.propagate()
         outputs = [leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)]
-        mutable = call.func._schema.is_mutable
+        mutable = is_mutable(call.func)
         if mutable:
             self._no_longer_zero(call)
         for tensor, value in zip(outputs, values, strict=True):
             before = self.value_of(tensor) if mutable else PLAIN
-            if mutable and (before.tracked or value.tracked) and len(self._storages[_storage(tensor)]) > 1:
+            if mutable and (before.tracked or value.tracked) and len(self._storages[memory_of(tensor)]) > 1:
                 # Some other tensor sees this write, and which elements of it is not known.
                 self.escape_all(
                     (before, value), f"{rules.UNKNOWN_OPERATOR}: a write into memory that other tensors share", call
@@ -144,7 +143,7 @@ class Tracer(TorchDispatchMode):
     def _no_longer_zero(self, call: rules.Call) -> None:
         """Whatever shares memory with what is written to."""
         for leaf in tree_leaves((call.args, call.kwargs)):
-            for alias in self._storages.get(_storage(leaf), ()) if isinstance(leaf, Tensor) else ():
+            for alias in self._storages.get(memory_of(leaf), ()) if isinstance(leaf, Tensor) else ():
                 if self._values[id(alias)].zero:
                     self._values[id(alias)] = replace(self._values[id(alias)], zero=False)
 
@@ -153,7 +152,7 @@ class Tracer(TorchDispatchMode):
         value = self._values.get(id(tensor))
         if value is not None:
             return value
-        if not (aliases := self._storages.get(_storage(tensor))):
+        if not (aliases := self._storages.get(memory_of(tensor))):
             return PLAIN
         for alias in aliases:  # such as `parameter.data`
             if alias.shape == tensor.shape and alias.stride() == tensor.stride():
@@ -197,7 +196,7 @@ class Tracer(TorchDispatchMode):
 
     def _set(self, tensor: Tensor, value: Value) -> None:
         if id(tensor) not in self._values:
-            self._storages[_storage(tensor)].append(tensor)
+            self._storages[memory_of(tensor)].append(tensor)
         self._values[id(tensor)] = value
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -209,10 +208,6 @@ class Tracer(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._stack.pop()
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _tensors_in(outputs: Any, depth: int = 4) -> list[Tensor]:

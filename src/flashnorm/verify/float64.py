@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from flashnorm.compat.torch import TorchFunctionMode
 
 _WIDE = {
     torch.float32: torch.float64,

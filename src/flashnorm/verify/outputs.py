@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from flashnorm.checkpoint.header import DTYPE_BITS, TORCH_DTYPES
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.compat.transformers import class_for, has_code_for
 from flashnorm.errors import InputError
 from flashnorm.runtime.load import load_tokenizer
 from flashnorm.trace.models import load_config, meta_model
@@ -159,8 +160,8 @@ def verify_outputs(
     """
     original, result = Checkpoint.open(source), Checkpoint.open(converted)
     config = load_config(source, trust_remote_code)
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not remote and type(config) not in AutoModelForCausalLM._model_mapping:
+    remote = trust_remote_code and has_code_for(AutoModelForCausalLM, config)
+    if not remote and class_for(AutoModelForCausalLM, config) is None:
         return OutputsReport(skipped=f"{config.model_type} is no causal language model; only those are run")
     tag = _main_dtype(original)
     if tag is None:

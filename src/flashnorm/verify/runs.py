@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from flashnorm.compat.transformers import use_experts_for_float64
 from flashnorm.errors import InputError
 from flashnorm.runtime.load import load, load_all
 from flashnorm.verify.float64 import float64_everywhere
@@ -104,10 +105,14 @@ class Runner:
         gc.collect()  # the model before this one
         with quiet():
             if not self.streamed:
-                yield _with_float64_experts(load_model(dtype))
+                model = load_model(dtype)
+                use_experts_for_float64(model)
+                yield model
                 return
             with tempfile.TemporaryDirectory(prefix="flashnorm-") as folder, _disk_errors(folder):
-                yield _with_float64_experts(load_model(dtype, device_map={"": "disk"}, offload_folder=folder))
+                model = load_model(dtype, device_map={"": "disk"}, offload_folder=folder)
+                use_experts_for_float64(model)
+                yield model
 
     def _count(self, model: nn.Module, runs: int) -> None:
         """Report progress whenever a module with weights has run."""
@@ -132,13 +137,6 @@ def outputs_of(model: PreTrainedModel, tokens: Tensor) -> Outputs:
     answer = model(input_ids=tokens[None], use_cache=False, output_hidden_states=True)
     hidden = getattr(answer, "hidden_states", None) or ()
     return Outputs(answer.logits[0], tuple(state[0] for state in hidden[:-1] if isinstance(state, Tensor)))
-
-
-def _with_float64_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """The grouped product of a mixture's experts has no float64; a loop over them has."""
-    if model.dtype == torch.float64 and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    return model
 
 
 def needed_memory(model: nn.Module, stored_bits: int, tokens: int, vocabulary: int, *, streamed: bool) -> int:

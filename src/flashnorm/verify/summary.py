@@ -37,7 +37,10 @@ def card_summary(report: VerifyReport) -> str:
             for name, run in (
                 (f"source, {outputs.dtype}", outputs.source),
                 (f"converted, {outputs.dtype}", outputs.converted),
-                (f"converted, {outputs.dtype}, as flashnorm.load gives it", outputs.as_loaded and outputs.as_loaded.run),
+                (
+                    f"converted, {outputs.dtype}, as flashnorm.load gives it",
+                    outputs.as_loaded and outputs.as_loaded.run,
+                ),
                 ("converted, float64", outputs.rounding),
             )
             if run is not None

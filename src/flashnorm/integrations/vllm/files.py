@@ -1,8 +1,5 @@
 """The files that vLLM loads a model from: which norms they can do without, and whether anything else is absent."""
 
-# Types are checked where vLLM is not installed.
-# pyright: reportMissingImports=false
-
 import contextlib
 import logging
 import os
@@ -16,6 +13,7 @@ from flashnorm.acceptance import quantizations
 from flashnorm.checkpoint.names import CheckpointPlan, StoredNames
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.checkpoint.state import weightless_norms
+from flashnorm.compat import vllm
 from flashnorm.errors import InputError
 from flashnorm.planning import plan_checkpoint
 from flashnorm.trace.models import load_config, meta_model
@@ -35,18 +33,13 @@ def open_files(load_config: Any, model_config: Any) -> Checkpoint | None:
     Raises:
         InputError: they cannot be read.
     """
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    loader = get_model_loader(load_config)
-    if not isinstance(loader, DefaultModelLoader):
+    if not vllm.reads_files(load_config):
         return None
     if os.path.isdir(model_config.model):
         return Checkpoint.open(model_config.model)
     from huggingface_hub import snapshot_download
 
-    # vLLM's own download, under its own lock.
-    loader.download_model(model_config)
+    vllm.download(load_config, model_config)
     folder = snapshot_download(
         model_config.model, revision=model_config.revision, cache_dir=load_config.download_dir, local_files_only=True
     )

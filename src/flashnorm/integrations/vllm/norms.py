@@ -1,8 +1,5 @@
 """The norms of a model of vLLM, built without weight."""
 
-# Types are checked where vLLM is not installed.
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-
 import functools
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -10,25 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashnorm.compat import vllm
 from flashnorm.errors import InputError
 from flashnorm.integrations.vllm.rules import fused_with_weight, on_other_stage, parameter_of
-
-# vLLM's norms: class -> the weight that multiplies by one. Exact classes: a subclass may compute something else.
-_LAYERS = "vllm.model_executor.layers."
-_FUSERS = "vllm.model_executor.models.transformers.fusers.rms_norm."
-IDENTITIES = {
-    _LAYERS + "layernorm.RMSNorm": 1.0,
-    _FUSERS + "TPAwareRMSNorm": 1.0,
-    _LAYERS + "layernorm.GemmaRMSNorm": 0.0,
-    _FUSERS + "TPAwareGemmaRMSNorm": 0.0,
-    "torch.nn.modules.normalization.LayerNorm": 1.0,
-    _LAYERS + "layernorm.LayerNorm": 1.0,
-    # These keep their code, with a constant for the weight.
-    _LAYERS + "layernorm.RMSNormGated": 1.0,
-    _LAYERS + "mamba.mamba_mixer2.Mixer2RMSNormGated": 1.0,
-    "vllm.model_executor.models.commandr.LayerNorm": 1.0,
-    "vllm.model_executor.models.nemotron.NemotronLayerNorm1P": 0.0,
-}
 
 
 def make_weightless(
@@ -49,21 +30,14 @@ def make_weightless(
     Raises:
         InputError: a norm is not there, or of a class that cannot be built without weight.
     """
-    from vllm.config import CompilationMode
-    from vllm.model_executor.models.utils import get_pp_missing_layer_names
-
     parameters = dict(model.named_parameters())
-    rename = getattr(getattr(model, "hf_to_vllm_mapper", None), "map_name", None) or getattr(
-        getattr(model, "hf_to_vllm_mapper", None), "_map_name", lambda name: name
-    )
-    elsewhere = get_pp_missing_layer_names(model)
+    rename, elsewhere = vllm.renaming(model), vllm.on_other_stages(model)
     # A head that drafts for its own model has that one's config.
     target = vllm_config.model_config
     drafts_for_itself = model_config is not target and model_config.model == target.model
-    compilation = vllm_config.compilation_config
     constant = fused_with_weight(
-        compilation.pass_config,
-        compiled=compilation.mode == CompilationMode.VLLM_COMPILE,
+        vllm_config.compilation_config.pass_config,
+        compiled=vllm.is_compiled(vllm_config),
         quantized=model_config.quantization is not None,
     )
     taken = {}
@@ -103,13 +77,9 @@ def _take_weight(model: nn.Module, name: str, constant: bool, dtype: torch.dtype
     Returns:
         The value at which it has no effect; None if the norm's class is not known, and nothing was done.
     """
-    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-    from vllm.model_executor.model_loader.reload.meta import capture_layer_to_meta
-
     owner_name, _, attribute = name.rpartition(".")
     norm: Any = model.get_submodule(owner_name)
-    identity = IDENTITIES.get(f"{type(norm).__module__}.{type(norm).__qualname__}")
+    identity = vllm.NORMS.get(f"{type(norm).__module__}.{type(norm).__qualname__}")
     if identity is None:
         return None
     identity = 0.0 if attribute == "bias" else identity
@@ -120,29 +90,26 @@ def _take_weight(model: nn.Module, name: str, constant: bool, dtype: torch.dtype
         norm.register_parameter(attribute, None)
     else:
         value = torch.full_like(weight, identity, requires_grad=False)
-        value.weight_loader_numel = 0  # type: ignore[attr-defined]  # nothing to wait for when weights are reloaded
+        vllm.nothing_to_reload(value)
         norm.register_buffer(attribute, value, persistent=False)
-    if isinstance(norm, RMSNorm) and not constant:
-        norm.has_weight = norm.pass_weight = norm.pass_weight_add = False
-    if isinstance(norm, GemmaRMSNorm) and not constant:
-        norm.__class__ = _weightless_gemma(type(norm))
-        # Chosen when the norm was built, of the class that it had.
-        method = norm._forward_method
-        norm._forward_method = getattr(norm, method.__name__) if hasattr(method, "__self__") else method
-    get_layerwise_info(norm).restore_metadata = capture_layer_to_meta(norm)
+    if vllm.is_rms_norm(norm) and not constant:
+        vllm.pass_no_weight(norm)
+    if vllm.is_gemma_norm(norm) and not constant:
+        vllm.change_class(norm, _weightless_gemma(type(norm)))
+    vllm.note_for_reloading(norm)
     return identity
 
 
 @functools.cache
 def _weightless_gemma(base: Any) -> Any:
     """A class of Gemma's norms whose operator is given no weight: `x / rms` instead of `x / rms * (1 + 0)`."""
-    from vllm import ir
+    rms_norm, fused_add_rms_norm = vllm.weightless_operators()
 
     class WeightlessGemmaRMSNorm(base):
         def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
             """`[tokens, hidden size]` to the same; with a residual, that is added first, and returned as well."""
             if residual is None:
-                return ir.ops.rms_norm(x, None, self.variance_epsilon)
-            return ir.ops.fused_add_rms_norm(x, residual, None, self.variance_epsilon)
+                return rms_norm(x, None, self.variance_epsilon)
+            return fused_add_rms_norm(x, residual, None, self.variance_epsilon)
 
     return WeightlessGemmaRMSNorm

@@ -1,9 +1,7 @@
 """What is wrapped around functions of vLLM, in each of its processes."""
 
-# Types are checked where vLLM is not installed.
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-
 import functools
+import inspect
 import json
 import logging
 import weakref
@@ -12,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from flashnorm.acceptance import quantizations
 from flashnorm.checkpoint.reader import CONFIG_FILE, Checkpoint
 from flashnorm.checkpoint.state import listed_norms
+from flashnorm.compat import vllm
+from flashnorm.compat.arguments import bound
 from flashnorm.errors import InputError
 from flashnorm.integrations.vllm.files import check_complete, folded_norms, open_files, planned
 from flashnorm.integrations.vllm.norms import make_weightless
-from flashnorm.integrations.vllm.rules import refusal, unsupported, without_folded
+from flashnorm.integrations.vllm.rules import differs, refusal, unsupported, without_folded
 from flashnorm.runtime.adapters import adapter_refusal
 
 _log = logging.getLogger("vllm.flashnorm")
@@ -45,58 +45,46 @@ _BUILT: "weakref.WeakKeyDictionary[nn.Module, _Built]" = weakref.WeakKeyDictiona
 
 def register() -> None:
     """Prepare vLLM for FlashNorm checkpoints. vLLM calls this in each of its processes; twice does no harm."""
-    import vllm
-    from vllm.engine.arg_utils import EngineArgs
-
-    problem = unsupported(vllm.__version__) or _changed_parts(vllm.__version__)
-    _wrap(EngineArgs, "create_engine_config", functools.partial(_with_check, problem))
-    if problem is not None:
+    problem = unsupported(vllm.version()) or _differs(vllm.changed_part())
+    if (part := vllm.CREATE_CONFIG.lacks()) is not None:  # nothing can be refused early, nor anything else be done
+        _log.warning("FlashNorm: %s", problem or _differs(part))
         return
-    from vllm.model_executor.model_loader import base_loader
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    _wrap(vllm.CREATE_CONFIG, functools.partial(_with_check, problem))
+    if problem is None:
+        _wrap(vllm.INITIALIZE, _with_weightless_norms)
+        _wrap(vllm.TRACK_LOADING, _with_second_look)
 
-    _wrap(base_loader, "initialize_model", _with_weightless_norms)
-    _wrap(DefaultModelLoader, "track_weights_loading", _with_second_look)
 
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name)
+def _wrap(function: vllm.Function, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    owner = function.owner()
+    original = getattr(owner, function.name)
     if not hasattr(original, "flashnorm"):
         wrapped = functools.wraps(original)(wrapper(original))
         wrapped.flashnorm = True  # type: ignore[attr-defined]
-        setattr(owner, name, wrapped)
+        setattr(owner, function.name, wrapped)
 
 
-def _changed_parts(version: str) -> str | None:
-    """Why this vLLM cannot be used, though its version says nothing against it: a part that is needed is not there."""
-    try:
-        from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm  # noqa: F401
-        from vllm.model_executor.model_loader.base_loader import initialize_model  # noqa: F401
-        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # noqa: F401
-        from vllm.model_executor.model_loader.reload.meta import capture_layer_to_meta  # noqa: F401
-        from vllm.model_executor.models.utils import get_pp_missing_layer_names  # noqa: F401
+def _differs(part: str | None) -> str | None:
+    return None if part is None else differs(vllm.version(), part)
 
-        names = RMSNorm.forward_native.__code__.co_names
-        if {"pass_weight", "pass_weight_add"} <= set(names) and hasattr(DefaultModelLoader, "track_weights_loading"):
-            return None
-        part = "RMSNorm.pass_weight"
-    except (ImportError, AttributeError) as error:
-        part = str(error)
-    return (
-        f"expected a vLLM whose norms can be built without weight, found version {version}, which differs ({part}); "
-        "use another release of vLLM, or of flashnorm"
-    )
+
+def _not_understood(model: Any, function: str, arguments: Iterable[str]) -> InputError:
+    """What vLLM says besides what is known may matter, and it has no code of its own for a FlashNorm checkpoint."""
+    part = f"{function} is given {', '.join(arguments)}"
+    return InputError(f"{model}: a FlashNorm checkpoint: {differs(vllm.version(), part)}")
 
 
 def _with_check(problem: str | None, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `EngineArgs.create_engine_config`, in the first process: refuse what cannot work before others start."""
+    """Around `EngineArgs.create_engine_config`, in the first process: refuse what cannot work before others start.
+
+    Whatever it is given is its own affair; what it returns counts.
+    """
 
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         speculative = getattr(config, "speculative_config", None)
-        for model_config in (config.model_config, getattr(speculative, "draft_model_config", None)):
-            if model_config is None or not _is_marked(model_config.hf_config):
+        for model_config in (getattr(config, "model_config", None), getattr(speculative, "draft_model_config", None)):
+            if model_config is None or not _is_marked(model_config):
                 continue
             if problem is not None:
                 raise InputError(f"{model_config.model}: a FlashNorm checkpoint: {problem}")
@@ -109,12 +97,19 @@ def _with_check(problem: str | None, original: Callable[..., Any]) -> Callable[.
 def _with_weightless_norms(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Around `initialize_model`: build the norms that the config names without weight."""
 
-    def initialize_model(vllm_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        model = original(vllm_config, *args, **kwargs)
-        built = _Built(vllm_config, kwargs.get("model_config") or vllm_config.model_config)
+    def initialize_model(*args: Any, **kwargs: Any) -> nn.Module:
+        given, unknown = bound(original, vllm.INITIALIZE.parameters, args, kwargs)
+        built = _Built(given["vllm_config"], given.get("model_config") or given["vllm_config"].model_config)
+        marked = _is_marked(built.model_config)
+        if unknown and marked:
+            raise _not_understood(built.model_config.model, original.__name__, unknown)
+        model = original(*args, **kwargs)
+        if unknown:
+            _say_once(f"{original.__name__} is given {', '.join(unknown)}")
+            return model
         _BUILT[model] = built
-        if _is_marked(built.model_config.hf_config):
-            checkpoint = open_files(vllm_config.load_config, built.model_config)
+        if marked:
+            checkpoint = open_files(built.vllm_config.load_config, built.model_config)
             listed = _listed(built.model_config)
             # There is no plan of quantised weights. vLLM does not miss any of those either: absent norms stay at the
             # identity value that it builds them with.
@@ -130,12 +125,17 @@ def _with_weightless_norms(original: Callable[..., nn.Module]) -> Callable[..., 
 def _with_second_look(original: Callable[..., None]) -> Callable[..., None]:
     """Around `track_weights_loading`: a checkpoint without our key may lack exactly the norms that can be folded."""
 
-    def track_weights_loading(loader: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def track_weights_loading(*args: Any, **kwargs: Any) -> None:
         try:
-            return original(loader, model, *args, **kwargs)
+            return original(*args, **kwargs)
         except ValueError as error:
+            given, unknown = bound(original, vllm.TRACK_LOADING.parameters, args, kwargs)
+            model = given["model"]
             built = _BUILT.get(model)
             if built is None or built.norms:
+                raise
+            if unknown:
+                _say_once(f"{original.__name__} is given {', '.join(unknown)}")
                 raise
             checkpoint = open_files(built.vllm_config.load_config, built.model_config)
             if checkpoint is None:
@@ -148,12 +148,18 @@ def _with_second_look(original: Callable[..., None]) -> Callable[..., None]:
             if not norms:
                 raise
         _fold(model, built, norms, checkpoint)
-        return original(loader, model, *args, **kwargs)
+        return original(*args, **kwargs)
 
     return track_weights_loading
 
 
-def _is_marked(hf_config: Any) -> bool:
+@functools.cache
+def _say_once(part: str) -> None:
+    _log.warning("FlashNorm: checkpoints without a key in their config are not looked for: %s", _differs(part))
+
+
+def _is_marked(model_config: Any) -> bool:
+    hf_config = getattr(model_config, "hf_config", None)
     return bool(getattr(hf_config, "flash_norm", None)) or getattr(hf_config, "flashnorm", None) is not None
 
 
@@ -188,31 +194,36 @@ def _fold(model: nn.Module, built: _Built, norms: list[str], checkpoint: Checkpo
     stored = () if checkpoint is None else checkpoint.tensors
     built.norms = make_weightless(model, norms, built.vllm_config, built.model_config, stored)
     load_weights: Any = model.load_weights
+    tensors = next(iter(inspect.signature(load_weights).parameters))  # "weights", in nearly all of vLLM's models
 
-    def load_weights_but_norms(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
-        return load_weights(without_folded(weights, built.norms), *args, **kwargs)
+    def load_weights_but_norms(*args: Any, **kwargs: Any) -> Any:
+        given, unknown = bound(load_weights, (tensors,), args, kwargs)
+        if unknown:
+            raise _not_understood(built.model_config.model, "load_weights", unknown)
+        return load_weights(without_folded(given[tensors], built.norms))
 
     model.load_weights = load_weights_but_norms  # type: ignore[assignment]
     if built.vllm_config.lora_config is not None:
-        from vllm.lora.worker_manager import WorkerLoRAManager
-
-        _wrap(WorkerLoRAManager, "_load_adapter", _with_adapter_check)
+        if (why := _differs(vllm.LOAD_ADAPTER.lacks())) is not None:
+            raise InputError(f"{built.model_config.model}: a FlashNorm checkpoint: {why}")
+        _wrap(vllm.LOAD_ADAPTER, _with_adapter_check)
     _log.info("FlashNorm: %d norms of %s have no weight", len(built.norms), built.model_config.model)
 
 
 def _with_adapter_check(original: Callable[..., Any]) -> Callable[..., Any]:
     """Around the loading of a LoRA adapter: refuse one that was trained on the model before its conversion."""
 
-    def _load_adapter(manager: Any, request: Any) -> Any:
-        built = _BUILT.get(manager._adapter_manager.model)
+    def load_adapter(*args: Any, **kwargs: Any) -> Any:
+        given, unknown = bound(original, vllm.LOAD_ADAPTER.parameters, args, kwargs)
+        built = _BUILT.get(vllm.base_of_adapters(given["self"]))
         if built is not None and built.norms:
-            from vllm.lora.utils import get_adapter_absolute_path
-
-            path = Path(get_adapter_absolute_path(request.lora_path)) / "adapter_config.json"
+            if unknown:
+                raise _not_understood(built.model_config.model, original.__name__, unknown)
+            path = vllm.adapter_folder(given["lora_request"]) / "adapter_config.json"
             if path.is_file():
                 why = adapter_refusal(json.loads(path.read_text(encoding="utf-8")), built.model_config.model)
                 if why is not None:
                     raise InputError(f"{path}: {why}")
-        return original(manager, request)
+        return original(*args, **kwargs)
 
-    return _load_adapter
+    return load_adapter

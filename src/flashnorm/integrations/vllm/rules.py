@@ -39,6 +39,19 @@ def unsupported(version: str) -> str | None:
     return None
 
 
+def differs(version: str, part: str) -> str:
+    """Why a version of vLLM cannot be used, though its number says nothing against it.
+
+    Args:
+        version: vLLM's.
+        part: what is not as it was.
+    """
+    return (
+        f"expected a vLLM that loads models in a way that is known, found version {version}, which differs ({part}); "
+        "use another release of vLLM, or of flashnorm"
+    )
+
+
 def parameter_of(tensor: str, parameters: Collection[str]) -> str | None:
     """The parameter of a vLLM model that a checkpoint tensor is loaded into, told by its name.
 

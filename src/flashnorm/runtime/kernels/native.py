@@ -29,7 +29,13 @@ _LINE = 64  # bytes of a line of the cache
 class Linear(Structure):
     """Weights `[outputs, inputs]`, as they lie in a model."""
 
-    _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("outputs", c_int32), ("bytes", c_int64))
+    _fields_ = (
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int32),
+        ("outputs", c_int32),
+        ("bytes", c_int64),
+    )
 
 
 class Layer(Structure):

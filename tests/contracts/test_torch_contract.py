@@ -1,0 +1,140 @@
+"""What `compat/torch.py` asks of the PyTorch that is installed. A failure says what changed, and what that means."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from flashnorm.compat import torch as compat
+from flashnorm.trace import rules
+
+aten = torch.ops.aten
+
+
+class Seen(compat.TorchDispatchMode):
+    """Every operator that ran, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def packets(self) -> list[Any]:
+        return [func.overloadpacket for func, _ in self.calls]
+
+
+X = torch.ones(2, 4, device="meta")
+WEIGHT = torch.ones(3, 4, device="meta")
+# Code of a model -> the operators that a dispatch mode must see of it, in this order.
+DISPATCHED = {
+    "linear": (lambda: F.linear(X, WEIGHT), [aten.t, aten.mm]),
+    "linear with a bias": (lambda: F.linear(X, WEIGHT, torch.ones(3, device="meta")), [aten.t, aten.addmm]),
+    "cast": (lambda: X.to(torch.bfloat16), [aten._to_copy]),
+    "RMSNorm": (lambda: X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True)), [aten.pow, aten.mean, aten.rsqrt, aten.mul]),
+    "rms_norm": (lambda: F.rms_norm(X, (4,), X[0]), [aten.pow, aten.mean, aten.rsqrt, aten.mul]),
+    "layer_norm": (lambda: F.layer_norm(X, (4,), X[0]), [aten.native_layer_norm]),
+    "equality": (lambda: torch.equal(torch.ones(1), torch.ones(1)), [aten.equal]),
+    "item": (lambda: torch.ones(1).item(), [aten._local_scalar_dense]),
+}
+
+
+@pytest.mark.parametrize("code", DISPATCHED)
+def test_operators(code: str) -> None:
+    run, expected = DISPATCHED[code]
+    with torch.no_grad(), Seen() as seen:
+        run()
+    missing = [packet for packet in expected if packet not in seen.packets]
+    assert not missing, (
+        f"PyTorch runs {code} as {seen.packets}, without {missing}: the tracer has no rule for what took its place, "
+        "so norms that could fold would be kept; trace/rules.py needs a line"
+    )
+
+
+def test_operators_with_rules() -> None:
+    """Every operator in the table is one that this PyTorch has; `aten` makes no names up."""
+    found = [packet for packet in (*rules.RULES, *rules.ANSWERS) if isinstance(packet, torch._ops.OpOverloadPacket)]
+    assert len(found) == len(rules.RULES) + len(rules.ANSWERS), "torch.ops.aten.x is no OpOverloadPacket any more"
+    assert not hasattr(aten, "no_such_operator"), "aten has any name: operators that are gone would not be noticed"
+
+
+def test_schemas() -> None:
+    x = torch.ones(2)
+    with Seen() as seen:
+        x.add_(1)
+        x + 1
+    (add_, args), (add, others) = seen.calls
+    sentence = "operators do not say any more what they write into: writes into shared memory would not be seen"
+    assert compat.is_mutable(add_), sentence
+    assert not compat.is_mutable(add), sentence
+    (target,) = compat.written(add_, args)
+    assert target is x, sentence
+    assert compat.written(add, others) == [], sentence
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_memory(device: str) -> None:
+    a, b = torch.ones(4, device=device), torch.ones(4, device=device)
+    sentence = "a storage's address does not tell any more who shares memory: the tracer would take views for copies"
+    assert compat.memory_of(a) == compat.memory_of(a[1:].view(3, 1)) == compat.memory_of(a.detach()), sentence
+    assert compat.memory_of(a) != compat.memory_of(b), sentence
+
+
+def test_without_modes() -> None:
+    with Seen() as seen, compat.without_modes():
+        torch.ones(2) + 1
+    assert not seen.calls, "a dispatch mode sees what runs in `_disable_current_modes`: numbers would be traced"
+
+
+def test_function_mode() -> None:
+    class Wide(compat.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0].double() if func is torch.Tensor.float else func(*args, **(kwargs or {}))
+
+    with Wide():
+        assert torch.ones(1, dtype=torch.float16).float().dtype == torch.float64, (
+            "a TorchFunctionMode does not see `Tensor.float` any more: the oracle of `verify` would not be in float64"
+        )
+
+
+def test_trees() -> None:
+    tree = {"a": (1, [2, None]), "b": 3}
+    assert compat.tree_leaves(tree) == [1, 2, None, 3], "tree_leaves has another order: results would be mixed up"
+    assert compat.tree_map(str, tree) == {"a": ("1", ["2", "None"]), "b": "3"}, "tree_map changes the nest"
+
+
+def test_module_registrations() -> None:
+    seen: list[int] = []
+    with compat.module_registrations(lambda: seen.append(threading.get_ident())):
+        nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    nn.Sequential(nn.Linear(1, 1))
+    assert len(seen) == 2, "modules are put into others unseen: a damaged config could build models without end"
+
+
+def test_parameters_of_a_copy() -> None:
+    norm = nn.LayerNorm(3)
+    other = compat.with_parameters(norm, {"weight": None, "bias": nn.Parameter(torch.ones(3))})
+    sentence = "a module's parameters are not in `_parameters` alone: norms would not be measured without theirs"
+    assert norm.weight is not None, sentence
+    assert other.weight is None, sentence
+    assert torch.equal(other(torch.zeros(1, 3)), torch.ones(1, 3)), sentence
+
+
+@pytest.mark.parametrize(
+    "change", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_hooks(change: str) -> None:
+    norm = nn.LayerNorm(3)
+    assert compat.calls_itself(norm)
+    handle = getattr(norm, change)(lambda *anything: None)
+    assert not compat.calls_itself(norm), f"{change} leaves no trace: a norm with a hook would be replaced, and lose it"
+    handle.remove()
+    assert compat.calls_itself(norm)
+    norm.forward = norm.forward
+    assert not compat.calls_itself(norm)
