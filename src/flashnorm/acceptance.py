@@ -47,7 +47,7 @@ def check_plan(checkpoint: Checkpoint, plan: FoldPlan, names: CheckpointPlan) ->
     if not plan.folds or not names.norms:
         raise InputError(
             f"{checkpoint.folder}: expected norms that can be folded, found none ({plan.summary()})"
-            f"{_kept_reasons(plan)}; there is nothing to convert"
+            f"{kept_reasons(plan)}; there is nothing to convert"
         )
     _check_norms_present(checkpoint, names)
     check_shapes(checkpoint, names)
@@ -177,6 +177,7 @@ def _check_dtype(checkpoint: Checkpoint, name: str) -> None:
         )
 
 
-def _kept_reasons(plan: FoldPlan) -> str:
+def kept_reasons(plan: FoldPlan) -> str:
+    """For the end of a message: why the norms of a plan stay."""
     reasons = list(dict.fromkeys(kept.reason for kept in plan.kept.values()))
     return f"; why norms stay: {'; '.join(reasons[:5])}" if reasons else ""

@@ -2,6 +2,8 @@
 
 * Streaming: each byte of the source is read once, each of the output written once. What is read twice: a tensor that is
   untied, and the weight of a linear whose bias takes a norm's; and everything, if the result is verified.
+* Only folding shows whether a product is too large for its dtype. Where one is, the norm is kept after all, and the
+  shards that are other ones then are written again.
 * All or nothing: what is refused is refused before anything is written, and the target appears by one rename.
 * A conversion can be verified before it appears (`verify=True`): its model card says what was found.
 * A run that was interrupted continues where it was, and ends with the same bytes as one that was not.
@@ -10,11 +12,13 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 import flashnorm
 from flashnorm.acceptance import check_config, check_places, check_plan
@@ -22,6 +26,7 @@ from flashnorm.checkpoint.biases import new_bias
 from flashnorm.checkpoint.card import updated_card
 from flashnorm.checkpoint.header import TensorInfo
 from flashnorm.checkpoint.names import CheckpointPlan
+from flashnorm.checkpoint.overflow import Overflows
 from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
 from flashnorm.checkpoint.records import FileRecord, file_record
 from flashnorm.checkpoint.shard import output_header, output_tensors, shard_pieces, write_shard
@@ -36,10 +41,10 @@ from flashnorm.checkpoint.small_files import (
     updated_index,
 )
 from flashnorm.checkpoint.source_files import check_names_differ, open_file
-from flashnorm.checkpoint.writer import Staging, check_target, copy_file, disk_errors, write_file
+from flashnorm.checkpoint.writer import ShardRecord, Staging, check_target, copy_file, disk_errors, write_file
 from flashnorm.errors import DifferenceError, InputError
 from flashnorm.hub import local_folder
-from flashnorm.plan import FoldPlan
+from flashnorm.plan import FoldPlan, Kept
 from flashnorm.planning import plan_checkpoint
 
 if TYPE_CHECKING:
@@ -93,12 +98,10 @@ class _Job:
     read: dict[str, FileRecord] = field(default_factory=dict)
     written: dict[str, FileRecord] = field(default_factory=dict)
     resumed: set[str] = field(default_factory=set)
+    replaced: list[ShardRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        headers = self.checkpoint.headers.items()
-        self.headers = {name: output_header(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
-        self.tensors = {name: output_tensors(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
-        self.sizes = {name: len(self.headers[name]) + _nbytes(self.tensors[name]) for name in self.headers}
+        self._lay_out()
         self.copies = copied_files(self.checkpoint)
         card = [CARD_FILE] if os.path.lexists(self.checkpoint.folder / CARD_FILE) else []
         self.checkpoint = self.checkpoint.with_states_of([*self.copies, *card])
@@ -118,27 +121,76 @@ class _Job:
 
     def write_shards(self, staging: Staging, progress: ProgressCallback | None) -> None:
         norms = {name: self.checkpoint.read_tensor(name) for name in self.names.norms}
-        bias = partial(new_bias, self.checkpoint, self.names)
-        done, total = 0, sum(self.sizes.values())
+        self.keep({norm: Kept(**kept) for norm, kept in staging.notes.items()})
+        # A norm that is kept after all may send us back to an earlier shard. What comes next depends on nothing but the
+        # journal, so a run that was interrupted makes the same decisions.
+        while (name := next((name for name in self.headers if name not in self.written), None)) is not None:
+            done, total = sum(self.sizes[name] for name in self.written), sum(self.sizes.values())
 
-        def advance(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
+            def advance(nbytes: int, total: int = total) -> None:
+                nonlocal done
+                done += nbytes
+                if progress is not None:
+                    progress(done, total)
 
-        for name, header in self.checkpoint.headers.items():
             record = staging.kept(name)
             if record is not None:
                 self.resumed.add(name)
                 advance(self.sizes[name])
             else:
-                pieces = shard_pieces(header, self.names, norms, bias, keep_norms=self.keep_norms)
-                source, output = self.checkpoint.folder / name, staging.model / name
-                record = write_shard(source, output, self.headers[name], pieces, advance)
+                record, reasons = self._write_shard(name, norms, staging, advance)
                 self.checkpoint.check_unchanged()
+                if reasons:
+                    self.replaced.append(record)
+                    try:
+                        outdated = self.keep(reasons)
+                    except InputError:
+                        staging.forget()
+                        raise
+                    staging.note({norm: asdict(kept) for norm, kept in reasons.items()}, outdated)
+                    continue
                 staging.record(name, record)
             self.read[name], self.written[name] = record.source, record.output
+
+    def _write_shard(
+        self, name: str, norms: Mapping[str, Tensor], staging: Staging, advance: Callable[[int], object]
+    ) -> tuple[ShardRecord, dict[str, Kept]]:
+        """Write a shard; also, which norms must be kept, by their parameters, because of products that do not fit."""
+        overflows = Overflows(self.checkpoint, self.names)
+        bias = partial(new_bias, self.checkpoint, self.names)
+        header = self.checkpoint.headers[name]
+        pieces = shard_pieces(header, self.names, norms, bias, overflows.add, keep_norms=self.keep_norms)
+        source, output = self.checkpoint.folder / name, staging.model / name
+        record = write_shard(source, output, self.headers[name], pieces, advance)
+        reasons = overflows.reasons(norms)
+        return record, {self.names.parameters.get(norm, norm): kept for norm, kept in reasons.items()}
+
+    def keep(self, reasons: Mapping[str, Kept]) -> set[str]:
+        """Keep norms after all, by their parameters. Returns the shards that are other ones then.
+
+        Raises:
+            InputError: nothing is left to fold.
+        """
+        leaving = {name for fold in self.plan.folds if fold.norm in reasons for name in fold.leaving}
+        before, self.names = self.names, self.names.without(self.names.tensors_of(leaving))
+        self.plan = self.plan.keep(reasons)
+        check_plan(self.checkpoint, self.plan, self.names)
+        self._lay_out()
+        outdated = {self.checkpoint.tensors[before.untied.get(name, name)].file for name in before.changed(self.names)}
+        for shard in outdated & self.written.keys():
+            record = ShardRecord(self.read.pop(shard), self.written.pop(shard))
+            if shard in self.resumed:
+                self.resumed.remove(shard)
+            else:
+                self.replaced.append(record)
+        return outdated
+
+    def _lay_out(self) -> None:
+        """What the shards hold, by the plan as it is now."""
+        headers = self.checkpoint.headers.items()
+        self.headers = {name: output_header(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
+        self.tensors = {name: output_tensors(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
+        self.sizes = {name: len(self.headers[name]) + _nbytes(self.tensors[name]) for name in self.headers}
 
     def write_small_files(self, staging: Staging) -> None:
         """Everything but the weights. config.json makes a model of the folder, so it comes last."""
@@ -322,16 +374,16 @@ def convert_checkpoint(
         staging.publish()
     return ConvertResult(
         target=target,
-        norms=len(plan.folds),
-        linears=len(names.folds),
-        spelled_out=len(names.spelled_out),
+        norms=len(job.plan.folds),
+        linears=len(job.names.folds),
+        spelled_out=len(job.names.spelled_out),
         tensors=sum(len(tensors) for tensors in job.tensors.values()),
         shards=len(job.sizes),
         resumed_shards=len(job.resumed),
-        bytes_read=sum(record.size for name, record in job.read.items() if name not in job.resumed),
-        bytes_written=sum(record.size for name, record in job.written.items() if name not in job.resumed),
+        bytes_read=_bytes(job.read, job.resumed) + sum(record.source.size for record in job.replaced),
+        bytes_written=_bytes(job.written, job.resumed) + sum(record.output.size for record in job.replaced),
         seconds=time.monotonic() - started,
-        plan=plan,
+        plan=job.plan,
     )
 
 
@@ -342,6 +394,10 @@ def _check_free_space(folder: Path, needed: int) -> None:
             f"{folder}: expected {needed / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB; make room or choose "
             "a target on another disk"
         )
+
+
+def _bytes(records: Mapping[str, FileRecord], resumed: set[str]) -> int:
+    return sum(record.size for name, record in records.items() if name not in resumed)
 
 
 def _nbytes(tensors: list[tuple[str, TensorInfo]]) -> int:

@@ -56,12 +56,20 @@ def product_of(first: Gain, second: Gain) -> Gain:
     """The gain of two norm weights on one channel, without rounding.
 
     Raises:
-        ValueError: the product needs more bits than two float64 numbers have.
+        ValueError: the product needs more bits than two float64 numbers have, or is too large for them.
     """
     if first.low.any() or second.low.any():
         raise ValueError("the product of these gains needs more than 106 bits and cannot be folded exactly")
     high, low = _two_product(first.high, second.high)
+    if (high.isinf() & first.high.isfinite() & second.high.isfinite()).any():
+        raise ValueError("the product of these gains is too large for float64 and cannot be folded exactly")
     return Gain(high, low)
+
+
+def exceeds_one(gain: Gain) -> Tensor:
+    """Where a gain makes weights larger: `[n]`, boolean, exact; true for infinity."""
+    size = gain.high.abs()
+    return (size > 1) | ((size == 1) & (gain.high * gain.low > 0))
 
 
 def fold_weight(weight: Tensor, gain: Gain, axis: int, out: Tensor | None = None) -> Tensor:
@@ -102,6 +110,31 @@ def fold_weight(weight: Tensor, gain: Gain, axis: int, out: Tensor | None = None
         for block in _blocks(weight.shape):
             out[block] = _round_sum_of_products(weight[block].double(), high[block], low[block], weight.dtype)
     return out
+
+
+def overflowed(weight: Tensor, folded: Tensor, gain: Gain, axis: int) -> Tensor:
+    """Where a product does not fit the dtype: weights that were finite, with a finite gain, and became infinite.
+
+    Args:
+        weight, folded: what `fold_weight` took and returned.
+        gain, axis: as for `fold_weight`.
+
+    Returns:
+        `[n]`, of `weight`'s dtype: the first such weight of each channel, 0 where there is none.
+    """
+    rows, products = (tensor.movedim(axis, 0).flatten(1) for tensor in (weight, folded))
+    bad = products.isinf() & rows.isfinite() & gain.high.isfinite()[:, None]
+    first = bad.byte().argmax(1, keepdim=True)
+    return torch.where(bad.any(1), rows.gather(1, first).squeeze(1), 0.0)
+
+
+def largest_weights(weight: Tensor, axis: int) -> Tensor:
+    """The largest finite magnitude of each channel of `axis`, `[n]`: where its product fits, all products do."""
+    if not weight.numel():
+        return weight.new_zeros(weight.shape[axis])
+    others = [dim for dim in range(weight.dim()) if dim != axis % weight.dim()]
+    largest = torch.maximum(weight.amax(others), -weight.amin(others))
+    return largest if largest.isfinite().all() else torch.where(weight.isfinite(), weight.abs(), 0.0).amax(others)
 
 
 def fold_bias(bias: Tensor, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -241,7 +274,9 @@ def _round_sum_of_products(weight: Tensor, high: Tensor, low: Tensor, dtype: tor
     total, total_error = _two_sum(main, upper)
     correction = _add_to_odd(total_error, upper_error)
     rounded = total + correction if dtype == torch.float64 else _add_to_odd(total, correction)
-    # Where there is nothing to round, the product itself: it has the right sign of zero, infinity or NaN.
+    # Where there is nothing to round, the product itself: it has the right sign of zero, infinity or NaN. A sum that is
+    # infinite has no error to add.
+    rounded = torch.where(total.isinf(), total, rounded)
     return _round(torch.where(main.isfinite() & (weight != 0) & (high != 0), rounded, main), dtype)
 
 

@@ -1,5 +1,6 @@
 """From a model, wherever it is, to its plan; and from a checkpoint to its plan in the names of its tensors."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from flashnorm.checkpoint.names import CheckpointPlan, StoredNames, checkpoint_plan
+from flashnorm.checkpoint.names import CheckpointPlan, GainUse, StoredNames, checkpoint_plan
+from flashnorm.checkpoint.overflow import too_large
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.checkpoint.shard import axis_gain
 from flashnorm.errors import InputError
-from flashnorm.fold import PRECISION, gain_of, is_divisible
+from flashnorm.fold import PRECISION, exceeds_one, fold_weight, gain_of, is_divisible, largest_weights, overflowed
 from flashnorm.plan import FoldPlan, Kept
 from flashnorm.trace.models import load_config, meta_model
 from flashnorm.trace.planner import names_by_parameter, plan_of, trace
@@ -124,3 +127,34 @@ def keep_indivisible(plan: FoldPlan, value_of: Callable[[str], Tensor | None]) -
                 f"channel {at}"
             )
     return plan.keep(reasons)
+
+
+def gain_uses(plan: FoldPlan) -> dict[tuple[str, int], tuple[GainUse, ...]]:
+    """Every linear's parameter, with the axis that takes gains, and the norms' parameters that they come from."""
+    uses: dict[tuple[str, int], list[GainUse]] = defaultdict(list)
+    for fold in plan.folds:
+        for linear in fold.linears:
+            uses[linear.name, linear.axis].append(GainUse(fold.norm, fold.offset, linear.segments))
+    return {linear: tuple(parts) for linear, parts in uses.items()}
+
+
+def keep_too_large(plan: FoldPlan, value_of: Callable[[str], Tensor]) -> FoldPlan:
+    """The plan without the folds that would make finite weights infinite.
+
+    Args:
+        plan: the plan, made without values.
+        value_of: the values of a parameter, on the CPU.
+    """
+    reasons: dict[str, Kept] = {}
+    for (name, axis), uses in gain_uses(plan).items():
+        weight = value_of(name)
+        norms = {use.norm: value_of(use.norm) for use in uses}
+        try:
+            gain = axis_gain(weight.shape[axis], uses, norms)
+        except ValueError:
+            continue  # whoever folds it refuses it, and says why
+        if exceeds_one(gain).any():
+            row = largest_weights(weight, axis)[None]
+            reasons = too_large(name, uses, norms, overflowed(row, fold_weight(row, gain, 1), gain, 1)) | reasons
+    # Without one of its gains, a weight that takes several can become too large for another.
+    return keep_too_large(plan.keep(reasons), value_of) if reasons else plan

@@ -99,6 +99,36 @@ class CheckpointPlan:
     parameters: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def without(self, norms: Collection[str]) -> "CheckpointPlan":
+        """The same plan with some norm tensors (weights, and with them their biases) kept instead of folded."""
+        folds = {
+            name: replace(fold, gains=tuple(use for use in fold.gains if use.norm not in norms))
+            for name, fold in self.folds.items()
+        }
+        biases = {
+            name: replace(fold, shifts=tuple(shift for shift in fold.shifts if shift.bias not in norms))
+            for name, fold in self.biases.items()
+        }
+        return replace(
+            self,
+            folds={name: fold for name, fold in folds.items() if fold.gains},
+            biases={name: fold for name, fold in biases.items() if fold.shifts},
+            divided={name: use for name, use in self.divided.items() if use.norm not in norms},
+            norms={name: identity for name, identity in self.norms.items() if name not in norms},
+            spelled_out=tuple(name for name in self.spelled_out if name not in norms),
+            parameters={name: parameter for name, parameter in self.parameters.items() if name not in norms},
+        )
+
+    def changed(self, other: "CheckpointPlan") -> set[str]:
+        """The tensors of this plan with which another plan does something else."""
+        parts = ("folds", "biases", "divided", "norms")
+        pairs = [(getattr(self, part), getattr(other, part)) for part in parts]
+        return {name for mine, its in pairs for name, what in mine.items() if its.get(name) != what}
+
+    def tensors_of(self, parameters: Collection[str]) -> set[str]:
+        """The norm tensors that are loaded into these module parameters."""
+        return {name for name in self.norms if self.parameters.get(name, name) in parameters}
+
 
 class StoredNames:
     """Under which names a checkpoint stores a model's parameters.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from flashnorm.checkpoint.header import TORCH_DTYPES, Header, TensorInfo, encode
 from flashnorm.checkpoint.names import CheckpointPlan, GainUse, TensorFold
 from flashnorm.checkpoint.records import FileRecord
 from flashnorm.checkpoint.writer import ShardRecord
-from flashnorm.fold import Gain, fold_weight, gain_of, product_of
+from flashnorm.fold import Gain, exceeds_one, fold_weight, gain_of, overflowed, product_of
 
 # Bytes of a piece. Smaller ones cost system calls, larger ones fall out of the processor's caches.
 PIECE_BYTES = 1 << 23
@@ -32,6 +33,9 @@ _DEPTH = 4
 
 # From the bytes of a piece in the source to its bytes in the output. Both `[nbytes]`, uint8.
 Transform = Callable[[Tensor, Tensor], object]
+
+# Called where finite weights became infinite: the channels of the folded axis, and what `overflowed` gives for them.
+ReportOverflow = Callable[[slice, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def shard_pieces(
     names: CheckpointPlan,
     norms: Mapping[str, Tensor],
     bias: Callable[[str], Tensor],
+    overflow: Callable[[str, slice, Tensor], object],
     *,
     keep_norms: bool,
 ) -> Iterator[Piece]:
@@ -82,6 +87,7 @@ def shard_pieces(
     Args:
         norms: the stored weight of every norm that folds, `[n]`.
         bias: computes the new value of a bias in `names.biases` or `names.divided`.
+        overflow: called while pieces are folded, as `ReportOverflow`, with the tensor's name first.
     """
     yield from _runs(0, header.data_start)
     for name, info in header.tensors.items():
@@ -92,10 +98,10 @@ def shard_pieces(
         elif name in names.biases or name in names.divided:
             yield from _replaced(info, bias(name))
         else:
-            yield from _tensor_pieces(info, names.folds.get(name), norms)
+            yield from _tensor_pieces(info, names.folds.get(name), norms, partial(overflow, name))
         for new, source in names.untied.items():
             if source == name:
-                yield from _tensor_pieces(info, names.folds.get(new), norms, again=True)
+                yield from _tensor_pieces(info, names.folds.get(new), norms, partial(overflow, new), again=True)
 
 
 def write_shard(
@@ -217,7 +223,12 @@ def fold_slices(shape: tuple[int, ...], axis: int, limit: int) -> Iterator[tuple
 
 
 def _tensor_pieces(
-    info: TensorInfo, fold: TensorFold | None, norms: Mapping[str, Tensor], *, again: bool = False
+    info: TensorInfo,
+    fold: TensorFold | None,
+    norms: Mapping[str, Tensor],
+    overflow: ReportOverflow,
+    *,
+    again: bool = False,
 ) -> Iterator[Piece]:
     if fold is None or not info.nbytes:
         yield from _runs(info.start, info.end, _copy, again=again)
@@ -226,7 +237,8 @@ def _tensor_pieces(
     gain = axis_gain(info.shape[fold.axis], fold.gains, norms)
     for first, shape, channels in fold_slices(info.shape, fold.axis, PIECE_BYTES // dtype.itemsize):
         start = info.start + first * dtype.itemsize
-        transform = _fold(dtype, shape, Gain(gain.high[channels], gain.low[channels]))
+        part = Gain(gain.high[channels], gain.low[channels])
+        transform = _fold(dtype, shape, part, partial(overflow, channels))
         yield Piece(start, start + math.prod(shape) * dtype.itemsize, transform, again)
 
 
@@ -250,10 +262,18 @@ def _fill(dtype: torch.dtype, value: float) -> Transform:
     return lambda source, output: output.view(dtype).fill_(value)
 
 
-def _fold(dtype: torch.dtype, shape: tuple[int, int, int], gain: Gain) -> Transform:
-    return lambda source, output: fold_weight(
-        source.view(dtype).view(shape), gain, axis=1, out=output.view(dtype).view(shape)
-    )
+def _fold(
+    dtype: torch.dtype, shape: tuple[int, int, int], gain: Gain, overflow: Callable[[Tensor], object]
+) -> Transform:
+    larger = bool(exceeds_one(gain).any())  # else no product can leave the range
+
+    def transform(source: Tensor, output: Tensor) -> None:
+        weight, folded = source.view(dtype).view(shape), output.view(dtype).view(shape)
+        fold_weight(weight, gain, axis=1, out=folded)
+        if larger and not all(bound.isfinite() for bound in folded.aminmax()):  # a twentieth of the time of folding
+            overflow(overflowed(weight, folded, gain, axis=1))
+
+    return transform
 
 
 def _as_tensor(window: memoryview) -> Tensor:

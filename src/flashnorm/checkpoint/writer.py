@@ -2,7 +2,7 @@
 
 * The target appears whole or not at all, whenever the process is killed; an old one stays until the new replaces it.
 * A journal beside the output records each shard once the disk has it. A later run with the same key keeps those shards
-  whose hash is still what the journal says.
+  whose hash is still what the journal says, and knows what was found out while they were written.
 * config.json is the last file to appear, so that nothing takes the staging folder for a model.
 * A lock keeps two runs from the same target. The system drops it when a process dies.
 * An old target is replaced only if `convert` wrote everything in it. That is checked before the work starts, so that
@@ -48,6 +48,7 @@ class Staging:
 
     Attributes:
         model: the folder to write into.
+        notes: JSON values that this run or an earlier one with the same key has noted.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Staging:
         self._old: States | None = None
         self._key = json.loads(json.dumps(key))
         self._shards: dict[str, ShardRecord] = {}
+        self.notes: dict[str, Any] = {}
         self._lock: int | None = None
         check_target(target, force=force)
 
@@ -88,7 +90,7 @@ class Staging:
             self._lock = self._take_lock()
             self._restore_replaced()
             # First, as what is refused may be continued once the target is clear.
-            self._shards = self._read_journal()
+            self._shards, self.notes = self._read_journal()
             self._check_old()
             self.model.mkdir(exist_ok=True)
             _clear(self.model, keep=self._shards)
@@ -122,8 +124,17 @@ class Staging:
     def record(self, name: str, record: ShardRecord) -> None:
         """Note that a shard is finished. It must have been synced to the disk."""
         self._shards[name] = record
+        self._write_journal()
+
+    def note(self, notes: Mapping[str, Any], outdated: Collection[str]) -> None:
+        """Add notes to the journal, and forget the shards that must be written again for them."""
+        self.notes |= notes
+        self._shards = {name: record for name, record in self._shards.items() if name not in outdated}
+        self._write_journal()
+
+    def _write_journal(self) -> None:
         shards = {name: asdict(record) for name, record in self._shards.items()}
-        journal = {"key": self._key, "shards": shards}
+        journal = {"key": self._key, "notes": self.notes, "shards": shards}
         sync_folder(self.model)
         new = self.folder / "journal.json.new"
         write_file(new, json.dumps(journal, indent=1).encode())
@@ -210,19 +221,20 @@ class Staging:
         if self._replaced.exists() and not os.path.lexists(self.target):
             self._replaced.rename(self.target)
 
-    def _read_journal(self) -> dict[str, ShardRecord]:
-        """The shards of an earlier run with the same key."""
+    def _read_journal(self) -> tuple[dict[str, ShardRecord], dict[str, Any]]:
+        """The shards and the notes of an earlier run with the same key."""
         try:
             journal = json.loads(self._journal.read_bytes())
             if journal["key"] != self._key:
-                return {}
-            return {
+                return {}, {}
+            shards = {
                 name: ShardRecord(FileRecord(**shard["source"]), FileRecord(**shard["output"]))
                 for name, shard in journal["shards"].items()
             }
+            return shards, dict(journal["notes"])
         except (OSError, ValueError, KeyError, TypeError):
             # None yet, or of a version whose shards are no use here.
-            return {}
+            return {}, {}
 
 
 def staging_folder(target: Path) -> Path:

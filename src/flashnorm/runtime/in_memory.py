@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from flashnorm.acceptance import kept_reasons
 from flashnorm.checkpoint.biases import add_products, axis_shift
-from flashnorm.checkpoint.names import GainUse, ShiftUse, checkpoint_plan
+from flashnorm.checkpoint.names import ShiftUse, checkpoint_plan
 from flashnorm.checkpoint.shard import axis_gain
 from flashnorm.checkpoint.state import CONFIG_VERSION
 from flashnorm.errors import InputError
 from flashnorm.fold import PRECISION, Gain, divide_bias, fold_weight, gain_of
 from flashnorm.plan import FoldPlan
-from flashnorm.planning import keep_indivisible
+from flashnorm.planning import gain_uses, keep_indivisible, keep_too_large
 from flashnorm.runtime.adapters import FOLDED, guard_adapters
 from flashnorm.runtime.weightless import make_weightless, needs_readable_weights, under_all_names
 from flashnorm.trace.planner import plan_of
@@ -38,9 +39,13 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> nn
         InputError: the model cannot be traced, has no norm to fold, or has weights that cannot be folded exactly.
             It is then unchanged.
     """
-    plan = keep_indivisible(plan_of(model, example_inputs), lambda name: _value(model, name).cpu())
+
+    def value_of(name: str) -> Tensor:
+        return _value(model, name).cpu()
+
+    plan = keep_too_large(keep_indivisible(plan_of(model, example_inputs), value_of), value_of)
     if not plan.folds:
-        raise InputError(f"expected a model with norms to fold, found none ({plan.summary()})")
+        raise InputError(f"expected a model with norms to fold, found none ({plan.summary()}){kept_reasons(plan)}")
     gains = _gains(model, plan)
     biases = _biases(model, plan)
     norms = {name: identity for fold in plan.folds for name, identity in fold.leaving.items()}
@@ -68,16 +73,12 @@ def mark_config(config: PretrainedConfig, norms: Iterable[str]) -> None:
 
 def _gains(model: nn.Module, plan: FoldPlan) -> dict[str, tuple[int, Gain]]:
     """Linear's parameter -> the axis that takes gains, and the gain of each of its channels."""
-    uses: dict[tuple[str, int], list[GainUse]] = defaultdict(list)
-    for fold in plan.folds:
-        for linear in fold.linears:
-            uses[linear.name, linear.axis].append(GainUse(fold.norm, fold.offset, linear.segments))
     gains: dict[str, tuple[int, Gain]] = {}
-    for (name, axis), parts in uses.items():
+    for (name, axis), parts in gain_uses(plan).items():
         weight = _value(model, name)
         norms = {part.norm: _value(model, part.norm).cpu() for part in parts}
         try:
-            gains[name] = axis, axis_gain(weight.shape[axis], tuple(parts), norms)
+            gains[name] = axis, axis_gain(weight.shape[axis], parts, norms)
         except ValueError as error:
             raise InputError(f"{name} cannot be folded: {error}") from error
     return gains

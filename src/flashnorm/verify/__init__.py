@@ -16,6 +16,7 @@ from flashnorm.planning import plan_checkpoint
 from flashnorm.verify.conversion import Conversion
 from flashnorm.verify.integrity import IntegrityReport, verify_integrity
 from flashnorm.verify.outputs import OutputsReport, verify_outputs
+from flashnorm.verify.range import without_too_large
 from flashnorm.verify.report import VerifyReport
 from flashnorm.verify.weights import WeightsReport, verify_weights
 
@@ -96,6 +97,7 @@ def verify(
     # The plan is made afresh; only whether the head was untied is taken from the result, and it is checked against it.
     untie = _untied(result) and not _untied(original)
     plan, names = plan_checkpoint(original, untie=untie, trust_remote_code=trust_remote_code)
+    plan, names = without_too_large(original, result, plan, names)
     check_shapes(original, names)
     check_dtypes(original, names)
     total = sum(info.nbytes for info in result.tensors.values())

@@ -2,16 +2,20 @@
 
 * Every file has the size and hash that flashnorm.json gives; the plan in it is the one that the model's code gives now.
 * Config, index and tensors are those of that plan: names, shapes, which norms left, and the rest at identity.
+* A norm that folds by the plan may stay where its product with a weight does not fit the weight's dtype; no weight that
+  took a gain is infinite.
 * What cannot be known without the source is part of the report: see `UNKNOWN`.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
@@ -28,6 +32,8 @@ from flashnorm.trace.models import load_config, meta_model
 from flashnorm.verify.files import check_index
 from flashnorm.verify.findings import Finding, Findings
 from flashnorm.verify.manifest import Manifest, folder_records, names_in
+from flashnorm.verify.products import FORMATS
+from flashnorm.verify.range import infinities, without_too_large
 from flashnorm.verify.weights import PROBLEMS_IN_FULL, check_norms
 
 REPORT_VERSION = 1
@@ -147,7 +153,7 @@ def verify_integrity(
 
     Args:
         converted: a folder that `convert` wrote, or its hub id.
-        progress: called with the bytes hashed so far, and in all.
+        progress: called with the bytes hashed so far, and in all; then, with those of the folded weights looked at.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
@@ -175,7 +181,7 @@ def verify_integrity(
     files = manifest.check_files(folder_records(folder, manifest.files, {}, advance), findings)
     tensors = unread = norms = 0
     try:
-        tensors, unread, norms = _check_model(folder, manifest, trust_remote_code, findings)
+        tensors, unread, norms = _check_model(folder, manifest, trust_remote_code, findings, progress)
     except InputError as error:
         if not findings.total:
             raise
@@ -196,10 +202,17 @@ def verify_integrity(
     )
 
 
-def _check_model(folder: Path, manifest: Manifest, trust_remote_code: bool, findings: Findings) -> tuple[int, int, int]:
+def _check_model(
+    folder: Path,
+    manifest: Manifest,
+    trust_remote_code: bool,
+    findings: Findings,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[int, int, int]:
     """Hold the checkpoint against a fresh plan; how many tensors fit, how many are not read, how many norms left."""
     checkpoint = Checkpoint.open(folder)
     plan, names = plan_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    plan, names = without_too_large(checkpoint, checkpoint, plan, names)
     model = meta_model(load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
     stored = StoredNames(model, checkpoint.tensors)
     manifest.check_plan(plan, findings)
@@ -221,7 +234,34 @@ def _check_model(folder: Path, manifest: Manifest, trust_remote_code: bool, find
             found, wanted = (str(list(shape)) for shape in (info.shape, expected))
             problem = "has another shape than the model's code expects"
             findings.add(Finding("tensor", name, problem, stored=found, expected=wanted))
+    _check_finite(checkpoint, names, findings, progress)
     return fit, len(stored.unread()), norms
+
+
+def _check_finite(
+    checkpoint: Checkpoint,
+    names: CheckpointPlan,
+    findings: Findings,
+    progress: Callable[[int, int], object] | None,
+) -> None:
+    """Report folded weights that are infinite. Reads all of them."""
+    folded = {name: checkpoint.tensors[name] for name in names.folds if name in checkpoint.tensors}
+    total, done = sum(info.nbytes for info in folded.values()), 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    for name, info in folded.items():
+        count, first = infinities(checkpoint, name, advance) if info.dtype in FORMATS else (0, -1)
+        if count:
+            problem = (
+                "holds infinite weights: products that do not fit, or the source's own, which only the source tells"
+            )
+            index = tuple(int(i) for i in np.unravel_index(first, info.shape))
+            findings.add(Finding("tensor", name, problem, index, differing=count, elements=math.prod(info.shape)))
 
 
 def _listed(checkpoint: Checkpoint, names: CheckpointPlan, findings: Findings) -> CheckpointPlan:

@@ -117,7 +117,9 @@ def _weights(report: WeightsReport) -> RenderableType:
         parts.append(Text(f"  and {report.problems - _SHOWN} more"))
     if report.rounding and report.rounding.not_finite:
         found = f"{report.rounding.not_finite} of {report.rounding.sampled} folded weights that were sampled"
-        parts.append(Text(f"  {found} are infinite or NaN, as the source's weights, its gains or their product are"))
+        parts.append(Text(f"  {found} are infinite or NaN, as the source's weights or its gains are"))
+    if report.underflow.products:
+        parts.append(Text(f"  {report.underflow}"))
     return Group(*parts)
 
 

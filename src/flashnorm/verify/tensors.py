@@ -8,7 +8,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from flashnorm.checkpoint.names import TensorFold
 from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.verify.findings import Finding
 from flashnorm.verify.products import FORMATS, Array, ExactGain, Scratch, correct, decode, differing
+from flashnorm.verify.range import NO_UNDERFLOW, Underflow, out_of_range
 from flashnorm.verify.rounding import RoundingSample
 
 PIECE = 8 << 20  # bytes
@@ -108,25 +109,26 @@ def compare_tensors(
     report: Callable[[Finding], None],
     advance: Callable[[int], None],
     sample: RoundingSample,
-) -> tuple[dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, str], dict[str, str], Underflow]:
     """Compare tensors bit for bit, and hash all safetensors files of both checkpoints.
 
     Args:
         source: holds the originals and the norms.
         converted: holds the tensors to check.
         pairs: what to compare; quickest in the order of the converted files' bytes.
-        report: takes one `Finding` for each tensor that differs.
+        report: takes one `Finding` for each tensor that differs, or that became infinite.
         advance: called with the number of bytes of the converted checkpoint done since the last call.
         sample: takes a sample of the rounding errors.
 
     Returns:
-        The SHA-256 of every safetensors file of the source and of the converted checkpoint, by name.
+        The SHA-256 of every safetensors file of the source and of the converted checkpoint, by name; and what the
+        folded weights lost at the small end of their dtype's range.
 
     Raises:
         InputError: a file cannot be read, or changed meanwhile.
     """
     scratch = Scratch()
-    gains = _Gains(source)
+    gains, underflow = _Gains(source), NO_UNDERFLOW
     with ExitStack() as stack:
         sources = {name: stack.enter_context(HashedFile(source.folder / name)) for name in source.headers}
         stored = {name: stack.enter_context(HashedFile(converted.folder / name)) for name in converted.headers}
@@ -138,14 +140,14 @@ def compare_tensors(
             if check is None or check.pair is not pair:
                 _finish(check, report)
                 check = _Check(pair, None if pair.fold is None else gains.of(pair), scratch, sample)
-            check.look_at(piece)
+            underflow += check.look_at(piece)
             hashing.result()
             advance(piece.stored.nbytes)
         _finish(check, report)
         rest = [hasher.submit(file.digest) for file in sources.values()]
         of_stored = {name: file.digest() for name, file in stored.items()}
         of_source = {name: future.result() for name, future in zip(sources, rest, strict=True)}
-    return of_source, of_stored
+    return of_source, of_stored, underflow
 
 
 def _read(
@@ -221,12 +223,14 @@ class _Check:
         self._scratch = scratch
         self._sample = sample
         self._first: tuple[int, str, str] | None = None
+        self._infinite = 0
+        self._first_infinite: tuple[int, str, str] | None = None
 
-    def look_at(self, piece: _Piece) -> None:
+    def look_at(self, piece: _Piece) -> Underflow:
         if self._gain is None:
             self._look_for_changes(piece)
-        else:
-            self._look_for_wrong_products(piece, self._gain)
+            return NO_UNDERFLOW
+        return self._look_for_wrong_products(piece, self._gain)
 
     def _look_for_changes(self, piece: _Piece) -> None:
         source, stored = (np.frombuffer(data, np.uint8) for data in (piece.source, piece.stored))
@@ -245,7 +249,7 @@ class _Check:
 
         self._note(piece.first // size, places, pattern(stored), pattern(source), size)
 
-    def _look_for_wrong_products(self, piece: _Piece, gain: ExactGain) -> None:
+    def _look_for_wrong_products(self, piece: _Piece, gain: ExactGain) -> Underflow:
         tag = self.pair.stored.dtype
         bits, width = FORMATS[tag].bits, _line(self.pair)
         source, stored = (np.frombuffer(data, bits) for data in (piece.source, piece.stored))
@@ -261,6 +265,16 @@ class _Check:
             channel = (first + at) // trailing % len(gain.values)
             expected = correct(tag, int(source[at]), gain.values[channel])
             self._note(first, places, int(stored[at]), expected, source.itemsize)
+        places, underflow = out_of_range(tag, source, stored, gain, first, trailing)
+        if places.size:
+            self._infinite += places.size
+            if self._first_infinite is None:
+                at = int(places[0])
+                value = gain.high[(first + at) // trailing % len(gain.values)]
+                factor = self._text(int(source[at]), source.itemsize)
+                infinity = self._text(int(stored[at]), source.itemsize)
+                self._first_infinite = first + at, infinity, f"{factor} times a gain of {value:.9g}"
+        return underflow
 
     def _note(self, first: int, places: Array, stored: int, expected: int, size: int) -> None:
         self.differing += places.size
@@ -270,25 +284,30 @@ class _Check:
     def _text(self, pattern: int, size: int) -> str:
         return number_text(self.pair.stored.dtype, pattern, size)
 
-    def finding(self) -> Finding | None:
-        if self._first is None:
-            return None
-        at, stored, expected = self._first
-        shape = self.pair.stored.shape
-        return Finding(
-            kind="tensor",
-            name=self.pair.name,
-            problem="was to be copied and differs" if self._gain is None else "is not the rounded product",
-            index=tuple(int(i) for i in np.unravel_index(at, shape)) if math.prod(shape) > at else (at,),
-            stored=stored,
-            expected=expected,
-            differing=self.differing,
-            elements=math.prod(shape),
-        )
+    def findings(self) -> Iterator[Finding]:
+        changed = "was to be copied and differs" if self._gain is None else "is not the rounded product"
+        infinite = f"became infinite, as the product does not fit {self.pair.stored.dtype}: its norm must be kept"
+        for problem, first, count in (
+            (changed, self._first, self.differing),
+            (infinite, self._first_infinite, self._infinite),
+        ):
+            if first is not None:
+                at, stored, expected = first
+                shape = self.pair.stored.shape
+                yield Finding(
+                    kind="tensor",
+                    name=self.pair.name,
+                    problem=problem,
+                    index=tuple(int(i) for i in np.unravel_index(at, shape)) if math.prod(shape) > at else (at,),
+                    stored=stored,
+                    expected=expected,
+                    differing=count,
+                    elements=math.prod(shape),
+                )
 
 
 def _finish(check: _Check | None, report: Callable[[Finding], None]) -> None:
-    if check is not None and (finding := check.finding()):
+    for finding in check.findings() if check is not None else ():
         report(finding)
 
 

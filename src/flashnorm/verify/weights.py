@@ -22,6 +22,7 @@ from flashnorm.verify.biases import check_biases
 from flashnorm.verify.files import check_files
 from flashnorm.verify.findings import Finding, Findings
 from flashnorm.verify.products import FORMATS, decode
+from flashnorm.verify.range import NO_UNDERFLOW, Underflow
 from flashnorm.verify.rounding import Rounding, RoundingSample
 from flashnorm.verify.tensors import Pair, compare_tensors
 
@@ -43,6 +44,7 @@ class WeightsReport:
         findings: what is wrong, at most `PROBLEMS_IN_FULL` of them.
         problems: how many there are in all.
         rounding: how the errors of the folded weights are distributed, of a sample; None if nothing was folded.
+        underflow: what folded weights lost at the small end of their dtype's range, of all of them.
     """
 
     folded: int
@@ -55,6 +57,7 @@ class WeightsReport:
     findings: tuple[Finding, ...]
     problems: int
     rounding: Rounding | None = None
+    underflow: Underflow = NO_UNDERFLOW
 
     @property
     def ok(self) -> bool:
@@ -75,6 +78,7 @@ class WeightsReport:
             "problems": self.problems,
             "findings": [finding.to_dict() for finding in self.findings],
             "rounding": None if self.rounding is None else self.rounding.to_dict(),
+            "underflow": self.underflow.to_dict(),
         }
 
 
@@ -110,9 +114,11 @@ def verify_weights(
         findings.add(finding)
 
     sample = RoundingSample()
-    hashes = compare_tensors(original, result, pairs, report, advance or (lambda nbytes: None), sample)
+    of_source, of_result, underflow = compare_tensors(
+        original, result, pairs, report, advance or (lambda nbytes: None), sample
+    )
     biases = check_biases(original, result, names, report)
-    files = check_files(original, result, names, plan, *hashes, findings)
+    files = check_files(original, result, names, plan, of_source, of_result, findings)
     return WeightsReport(
         folded=sum(pair.fold is not None and pair.name not in wrong for pair in pairs),
         biases=biases,
@@ -124,6 +130,7 @@ def verify_weights(
         findings=tuple(findings.kept),
         problems=findings.total,
         rounding=sample.result(),
+        underflow=underflow,
     )
 
 
