@@ -51,8 +51,9 @@ test-evals: $(EVALS_INSTALLED)
 evals: $(EVALS_INSTALLED)
 	@$(EVALS_VENV)/bin/python benchmarks/evals.py
 
+# `make FAMILIES=causal-lm architectures` examines these again, and leaves the other tables as they are.
 architectures: $(INSTALLED)
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep $(FAMILIES)
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
 SANITIZED := build/sanitized/libflashnorm_kernels.so

@@ -37,6 +37,7 @@ from flashnorm.trace.planner import plan_of
 from flashnorm.verify.float64 import float64_everywhere
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
+MADE_WITH = f"Transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}."
 
 MOST_MEMORY = 10 << 30  # bytes of one process, and of its address space
 TOLERANCE = 1e-10  # relative to the largest output
@@ -57,7 +58,7 @@ A tiny model of every model type that Transformers has, with random weights, gai
   do, see the note. *not built*: Transformers could not build or run the tiny model.
 """
 
-
+FULL_SIZE = "## Published models at full size"
 PUBLISHED = """\
 The hyperparameters that were published, planned on the meta device: the norms of the language model, how many fold, why
 others stay, and how many weights take a gain; the norms of vision and audio towers apart. Seconds of one core (an AMD
@@ -262,54 +263,59 @@ def _timed(job: tuple[str, str]) -> tuple[str, Row, float]:
 
 
 def main() -> None:
-    """Examine everything and write the table; or only the families that are named, and print it."""
+    """Examine everything and write the table; or only the families that are named: what it says of others stays."""
     names = sys.argv[1:] or list(FAMILIES)
     jobs = [(name, model_type) for name in names for model_type in FAMILIES[name].model_types()]
-    rows: dict[str, list[Row]] = {name: [] for name in names}
+    rows: dict[str, list[list[str]]] = {name: [] for name in names}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _start_worker) as pool:
         for number, (name, row, seconds) in enumerate(pool.map(_timed, jobs), 1):
-            rows[name].append(row)
+            rows[name].append(row.cells())
             print(f"[{number}/{len(jobs)}] {seconds:5.1f} s  {' | '.join(row.cells())}", file=sys.stderr, flush=True)
-    if sys.argv[1:]:
-        print(document(rows))
-    else:
+    tables, full_size = read_document(TABLE.read_text())
+    if not sys.argv[1:]:
         full_size = published.markdown(map(published.plan_published, published.configs().values()))
-        TABLE.write_text(f"{document(rows)}\n## Published models at full size\n\n{PUBLISHED}\n{full_size}")
+    tables |= {name: Table(MADE_WITH, found) for name, found in rows.items()}
+    TABLE.write_text(document(tables, full_size))
 
 
-def document(rows: Mapping[str, Sequence[Row]]) -> str:
-    """The tables of model types."""
+@dataclass(frozen=True)
+class Table:
+    """The rows of a family's model types, each as its cells, and the versions that they were made with."""
+
+    made_with: str
+    rows: list[list[str]]
+
+
+def document(tables: Mapping[str, Table], full_size: str) -> str:
+    """The tables of model types, and that of published models, as it is to be printed."""
     lines = [
         "# Architectures",
         "",
-        "Written by `make architectures`; tests repeat all causal language models, and one in five of the others. "
-        f"Transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}.",
+        "Written by `make architectures`; tests repeat all causal language models, and one in five of the others.",
         "",
         *EXPLANATION.splitlines(),
         "",
         *_table(["family", "types", *STATUSES]),
     ]
-    for name, found in rows.items():
-        counts = Counter(row.status for row in found)
-        lines.append(line([FAMILIES[name].title, str(len(found)), *(str(counts[status]) for status in STATUSES)]))
-    for name, found in rows.items():
-        lines += ["", f"## {FAMILIES[name].title}", "", *_table(HEADINGS)]
-        lines += [line(row.cells()) for row in found]
-    return "\n".join(lines) + "\n"
+    for name, table in tables.items():
+        counts = Counter(row[STATUS] for row in table.rows)
+        lines.append(line([FAMILIES[name].title, str(len(table.rows)), *(str(counts[status]) for status in STATUSES)]))
+    for name, table in tables.items():
+        lines += ["", f"## {FAMILIES[name].title}", "", table.made_with, "", *_table(HEADINGS)]
+        lines += map(line, table.rows)
+    return "\n".join(lines) + f"\n\n{FULL_SIZE}\n\n{PUBLISHED}\n{full_size}"
 
 
-def read_document(text: str) -> tuple[dict[tuple[str, str], list[str]], str]:
-    """Back from the file: `(family, type)` -> the row's cells, and the version of transformers."""
-    version = text.partition("Transformers ")[2].partition(",")[0]
-    names = {f"## {family.title}": name for name, family in FAMILIES.items()}
-    cells: dict[tuple[str, str], list[str]] = {}
-    name = ""
-    for read in text.splitlines():
-        name = names.get(read, name)
-        row = [cell.strip() for cell in read.removeprefix("|").removesuffix("|").split("|")]
-        if name and len(row) == len(HEADINGS) and row[0] not in (HEADINGS[0], "---"):
-            cells[name, row[0]] = row
-    return cells, version
+def read_document(text: str) -> tuple[dict[str, Table], str]:
+    """Back from the file: family -> its table; and the table of published models."""
+    names = {family.title: name for name, family in FAMILIES.items()}
+    text, _, full_size = text.partition(f"{FULL_SIZE}\n\n{PUBLISHED}\n")
+    tables: dict[str, Table] = {}
+    for section in text.split("\n## ")[1:]:
+        title, _, made_with, _, _, _, *rows = section.strip().splitlines()
+        cells = [[cell.strip() for cell in row.removeprefix("|").removesuffix("|").split("|")] for row in rows]
+        tables[names[title]] = Table(made_with, cells)
+    return tables, full_size
 
 
 def _table(headings: Sequence[str]) -> list[str]:

@@ -1,16 +1,19 @@
 """Plans in the names of stored tensors: what is folded by those names, in a real checkpoint, gives the same model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter, revert_weight_conversion
 
 import tiny
 from architectures import families
-from flashnorm.checkpoint.names import StoredNames, checkpoint_plan
+from flashnorm.checkpoint.names import BiasFold, GainUse, ShiftUse, StoredNames, TensorFold, checkpoint_plan
 from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.errors import InputError
 from flashnorm.planning import plan_checkpoint
 from flashnorm.trace.models import meta_model
 from flashnorm.trace.planner import plan_of
@@ -91,3 +94,71 @@ def test_unread_names() -> None:
     model = meta_model(tiny.config("llama"))
     stored = [name for name, _ in model.named_parameters()]
     assert StoredNames(model, [*stored, "extra.weight"]).unread() == ["extra.weight"]
+
+
+def _joined(model: PreTrainedModel, parts: list[str], dim: int = 0) -> None:
+    """From now on, checkpoints of this model store these weights (and their biases) as one tensor, `joined`."""
+    converter = WeightConverter(source_patterns="joined", target_patterns=parts, operations=[Chunk(dim=dim)])
+    model._weight_conversions = [converter]
+
+
+def test_weights_that_are_stored_as_one_tensor_take_the_gain_once() -> None:
+    model = meta_model(tiny.config("llama"))
+    _joined(model, ["q_proj", "k_proj", "v_proj"])
+    names = checkpoint_plan(plan_of(model), model, ())
+    tensor, norm = "model.layers.1.self_attn.joined.weight", "model.layers.1.input_layernorm.weight"
+    assert names.folds[tensor] == TensorFold(1, (GainUse(norm, 0.0),))
+    assert names.shapes[tensor] == (64 + 32 + 32, 64)
+    assert not any("q_proj" in name for name in names.folds)
+    stored = StoredNames(model, names.shapes)
+    assert not stored.absent()
+    assert not stored.unread()
+    assert StoredNames(model, [*names.shapes.keys() - {tensor}]).absent() == [tensor]
+
+
+def test_what_is_stored_apart_is_taken_as_it_is_even_so() -> None:
+    model = meta_model(tiny.config("llama"))
+    _joined(model, ["q_proj", "k_proj", "v_proj"])
+    names = checkpoint_plan(plan_of(model), model, [name for name, _ in model.named_parameters()])
+    assert {"q_proj", "k_proj", "v_proj"} <= {name.split(".")[-2] for name in names.folds}
+    assert not any("joined" in name for name in names.folds)
+
+
+def test_biases_that_are_stored_as_one_tensor_take_the_norms_bias_once() -> None:
+    model = meta_model(tiny.config("opt", ffn_dim=96, do_layer_norm_before=True, word_embed_proj_dim=64))
+    _joined(model, ["q_proj", "k_proj", "v_proj"])
+    names = checkpoint_plan(plan_of(model), model, ())
+    layer = "model.decoder.layers.1.self_attn"
+    shift = ShiftUse(f"{layer}_layer_norm.bias")
+    assert names.biases[f"{layer}.joined.bias"] == BiasFold(f"{layer}.joined.weight", 1, (shift,))
+
+
+def test_columns_of_a_joined_tensor_take_the_gain_alone() -> None:
+    model = meta_model(tiny.config("llama"))
+    _joined(model, ["o_proj", "q_proj"], dim=1)
+    fold = checkpoint_plan(plan_of(model), model, ()).folds["model.layers.0.self_attn.joined.weight"]
+    assert fold == TensorFold(1, (GainUse("model.layers.0.input_layernorm.weight", 0.0, ((64, 0, 64),)),))
+
+
+def test_a_part_that_does_not_take_the_gain_is_not_multiplied() -> None:
+    model = meta_model(tiny.config("llama"))
+    _joined(model, ["o_proj", "q_proj"])
+    with pytest.raises(InputError, match=r"expected all of .*joined.weight .*o_proj.weight does not"):
+        checkpoint_plan(plan_of(model), model, ())
+
+
+def test_a_parameter_that_is_stored_in_two_places_of_one_tensor_is_refused() -> None:
+    class Twice(Chunk):
+        reverse_op = property(lambda self: _Twice())
+
+    class _Twice(Concatenate):
+        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            tensor = super().convert(input_dict, *args, **kwargs)
+            return {name: torch.cat(one.chunk(2, 1)[::-1], 1) for name, one in tensor.items()}
+
+    model = meta_model(tiny.config("llama"))
+    model._weight_conversions = [
+        WeightConverter(source_patterns="swapped", target_patterns="q_proj", operations=[Twice()])
+    ]
+    with pytest.raises(InputError, match=r"q_proj.weight, found that transformers hides it"):
+        checkpoint_plan(plan_of(model), model, ())

@@ -158,6 +158,19 @@ class Almost(nn.Module):
     def padded_patches(self, x: Tensor, r: Tensor) -> Tensor:
         return self.a(F.unfold((r * self.g).T.reshape(1, N, 3, 3), 1, padding=1)[0].T)
 
+    def weights_joined(self, x: Tensor, r: Tensor) -> Tensor:
+        return F.linear(r * self.g, torch.cat([self.a.weight, self.b.weight]))
+
+    def weights_joined_beside_the_gain(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(r * self.g) + F.linear(x, torch.stack([self.a.weight, self.b.weight])[0])
+
+    def the_gain_ahead_of_the_division(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.a(x * self.g * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def a_scale_ahead_of_the_norm(self, x: Tensor, r: Tensor) -> Tensor:
+        x = x * self.g
+        return self.a(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
     def the_data_of_the_gain(self, x: Tensor, r: Tensor) -> Tensor:
         return self.a(r * self.g) * self.g.data.sum()
 
@@ -168,6 +181,7 @@ FOLDED = {
     "a_learned_scalar_before_the_gain": "g",
     "the_negative_gain": "g",
     "the_gain_on_the_other_axis": "g",
+    "the_gain_ahead_of_the_division": "g",
     "a_residual_of_the_same": "g",
     "two_norms_share_the_gain": "g",
     "a_product_of_two_gains": "gh",
@@ -210,6 +224,11 @@ def test_folds_exactly_or_not_at_all(kind: str) -> None:
         with pytest.raises(InputError, match="found none"):
             flashnorm.fold_(model, (x(),))
     assert (model(x()) - before).abs().max() <= 1e-12 * before.abs().max()
+
+
+def test_a_scale_ahead_of_a_norm_is_not_its_gain() -> None:
+    assert flashnorm.plan(build("a_scale_ahead_of_the_norm"), (x(),)).norms == 0
+    assert flashnorm.plan(build("a_residual_after"), (x(),)).norms == 1
 
 
 def test_gains_of_zero_and_negative_ones_are_folded() -> None:

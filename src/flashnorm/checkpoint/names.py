@@ -8,7 +8,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,7 +21,7 @@ from flashnorm.errors import InputError
 from flashnorm.plan import FoldPlan, Linear, Segments
 from flashnorm.trace.planner import names_by_parameter, segments_of
 from flashnorm.trace.tracer import Tracer
-from flashnorm.trace.values import UNKNOWN, View, along, constant_along, constant_except
+from flashnorm.trace.values import UNKNOWN, View, along, constant_along, constant_except, written_once
 
 
 @dataclass(frozen=True)
@@ -147,28 +147,37 @@ class StoredNames:
         stored = _views_as_stored(model, own)
         spell = _spelling(model, stored, own, tensors)
         self._views: dict[str, dict[str, View]] = defaultdict(dict)
+        self._views_in: dict[str, tuple[View, ...]] = {}
         self._known = {spell(name) for name in [*stored, *own, *dict(model.named_buffers())]}
-        for name, view in stored.items():
-            if view is not None:
+        for name, views in stored.items():
+            self._views_in[spell(name)] = views
+            for view in views:
                 self._views[view.name][spell(name)] = view
         for alias, name in own.items():
             # Where the file has the module's own layout (stacked experts, say), that is what will be loaded.
             if spell(alias) in tensors and not any(stored in tensors for stored in self._views[name]):
-                self._views[name] = {spell(alias): View.of(name, model.get_parameter(name))}
+                view = View.of(name, model.get_parameter(name))
+                self._views[name], self._views_in[spell(alias)] = {spell(alias): view}, (view,)
 
     def views(self, parameter: str) -> dict[str, View]:
         """The tensors that hold a parameter, each as a view of it: all that there are, or all that there would be."""
         views = self._views[next(name for name, aliases in self._aliases.items() if parameter in aliases)]
         return {name: view for name, view in views.items() if name in self._present} or views
 
+    def parts(self, tensor: str) -> tuple[View, ...]:
+        """The views of all parameters that a tensor holds: one, or several if it is joined of them."""
+        return self._views_in[tensor]
+
     def copies(self, parameter: str) -> list[str]:
         """The tensors that hold a parameter whole: one, or several if modules share it.
 
         Raises:
-            InputError: it is stored in parts, or not at all.
+            InputError: it is stored in parts, as a part, or not at all.
         """
         views = self.views(parameter)
-        if not views or any(view.stored_shape != view.shape for view in views.values()):
+        if not views or any(
+            view.stored_shape != view.shape or len(self.parts(name)) > 1 for name, view in views.items()
+        ):
             raise InputError(f"expected {parameter} to be stored as one tensor, found {sorted(views) or 'none'}")
         return list(views)
 
@@ -176,12 +185,12 @@ class StoredNames:
         """The tensors that the model's code needs and the checkpoint lacks: of parameters that are not there whole."""
         missing: list[str] = []
         for views in self._views.values():
-            sizes = {name: math.prod(view.stored_shape) for name, view in views.items() if view.shape}
+            sizes = {name: view.size for name, view in views.items() if view.shape}
             stored = sum(size for name, size in sizes.items() if name in self._present)
             # Of a parameter with several names, one is enough.
             if stored < max((math.prod(views[name].shape) for name in sizes), default=0):
                 missing += [name for name in sizes if name not in self._present]
-        return sorted(name for name in missing if not any(re.search(pattern, name) for pattern in self._optional))
+        return sorted({name for name in missing if not any(re.search(pattern, name) for pattern in self._optional)})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape that the model's code expects of each tensor that holds a parameter, or a part of one."""
@@ -212,6 +221,7 @@ def checkpoint_plan(
     gains: dict[str, list[GainUse]] = defaultdict(list)
     shifts: dict[str, list[ShiftUse]] = defaultdict(list)
     weights: dict[str, str] = {}
+    takers: dict[tuple[str, GainUse], set[str]] = defaultdict(set)
     result = CheckpointPlan(shapes=names.shapes())
     for fold in plan.folds:
         norm = names.copies(fold.norm)[0]
@@ -235,11 +245,17 @@ def checkpoint_plan(
                         f"expected all gains of {tensor} on axis {axes[tensor]}, found axis {axis} as well"
                     )
                 segments = segments_of(channels, size)
-                gains[tensor].append(GainUse(norm, fold.offset, segments))
+                use = GainUse(norm, fold.offset, segments)
+                takers[tensor, use].add(view.name)
+                if use not in gains[tensor]:  # else another part of the tensor has brought it
+                    gains[tensor].append(use)
                 if linear.bias is not None and fold.bias is not None:
                     for bias in _biases_beside(names, linear, tensor, view):
-                        if weights.setdefault(bias, tensor) == tensor:  # else W is stored twice
-                            shifts[bias].append(ShiftUse(names.copies(fold.bias)[0], segments))
+                        shift = ShiftUse(names.copies(fold.bias)[0], segments)
+                        if weights.setdefault(bias, tensor) == tensor and shift not in shifts[bias]:
+                            shifts[bias].append(shift)  # else W is stored twice, or joined
+    for (tensor, use), parameters in takers.items():
+        _check_others(tensor, axes[tensor], use, [view for view in names.parts(tensor) if view.name not in parameters])
     for name, stored in (tied or {}).items():
         if model.get_parameter(name) is not model.get_parameter(stored):  # else it is tied in another way as well
             source = next(iter(names.views(stored)))
@@ -276,17 +292,30 @@ def _channels_along(linear: Linear, gain_size: int, tensor: str, view: View) -> 
     channels = torch.full((view.shape[linear.axis],), UNKNOWN)
     for start, first, length in linear.segments or ((0, 0, gain_size),):
         channels[start : start + length] = torch.arange(first, first + length)
-    return dims[0], channels[along(index, dims[0])]
+    positions = along(index, dims[0])
+    return dims[0], torch.where(positions == UNKNOWN, UNKNOWN, channels[positions])
+
+
+def _check_others(tensor: str, axis: int, use: GainUse, others: Sequence[View]) -> None:
+    """Refuse a gain that would multiply parameters that do not take it, since they are stored in the same tensor."""
+    for view in others:
+        held = written_once(view.mask, but=axis).movedim(axis, 0).flatten(1).any(1)
+        runs = [held[start : start + length] for start, _, length in use.segments] or [held]
+        if any(run.any() for run in runs):
+            raise InputError(
+                f"expected all of {tensor} to take the gain of {use.norm}, found that its part {view.name} does not"
+            )
 
 
 @torch.inference_mode(False)
-def _views_as_stored(model: PreTrainedModel, own: Mapping[str, str]) -> dict[str, View | None]:
-    """Every tensor that transformers would save, as a view of the parameter that it comes from (None: of several)."""
+def _views_as_stored(model: PreTrainedModel, own: Mapping[str, str]) -> dict[str, tuple[View, ...]]:
+    """Every tensor that transformers would save, as views of the parameters that it comes from (none: it is hidden)."""
     parameters = {name: model.get_parameter(name).to("meta") for name in dict.fromkeys(own.values())}
     tracer = Tracer(model, parameters)
     with tracer, torch.no_grad():
         stored = as_stored(model, {alias: parameters[name] for alias, name in own.items()})
-    return {name: tracer.value_of(tensor).view for name, tensor in stored.items()}
+    values = {name: tracer.value_of(tensor) for name, tensor in stored.items()}
+    return {name: (value.view,) if value.view else value.parts for name, value in values.items()}
 
 
 def _spelling(

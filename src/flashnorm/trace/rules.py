@@ -6,6 +6,7 @@
 * `NON_LINEAR` operators are known to be impossible, and say so; all others are merely unknown.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ from flashnorm.trace.values import (
     constant_along,
     constant_except,
     without_zeros,
+    written_once,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +92,10 @@ class Call:
 
     def value(self, argument: Any) -> Value:
         """What is known of an argument (nothing, if it is not a tensor)."""
-        return self.tracer.value_of(argument) if isinstance(argument, Tensor) else PLAIN
+        value = self.tracer.value_of(argument) if isinstance(argument, Tensor) else PLAIN
+        if value.parts and self.func.overloadpacket not in _KEEPS_PARTS:
+            value = replace(value, parts=())
+        return value
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument, given by position or by name."""
@@ -143,11 +148,13 @@ def _moved_apart(value: Value, move: Callable[[Tensor], list[Tensor]], count: in
     """The values of the `count` results of an operator that `move` is on index tensors."""
     gains = {gain: move(index) for gain, index in value.gains.items()}
     shifts = {bias: move(index) for bias, index in value.shifts.items()}
-    coordinates = [move(index) for index in value.view.coordinates] if value.view else []
+    views = value.view.moved(move) if value.view else [None] * count
+    parts = [part.moved(move) for part in value.parts]
     return [
         replace(
             value,
-            view=value.view and replace(value.view, coordinates=tuple(moved[i] for moved in coordinates)),
+            view=views[i],
+            parts=tuple(part[i] for part in parts),
             gains={gain: moved[i] for gain, moved in gains.items() if carries(moved[i])},
             shifts={bias: moved[i] for bias, moved in shifts.items()},
         )
@@ -171,8 +178,8 @@ def _join(call: Call) -> Value:
     """`cat` and `stack`: channels of a tensor without the gain are channels without a gain."""
     tensors = call.args[0]
     values = [call.value(tensor) for tensor in tensors]
-    if any(value.view for value in values):
-        raise UnknownError
+    if any(value.view or value.parts for value in values):
+        return _join_views(call, values)
     gains: dict[str, Tensor] = {}
     for gain in dict.fromkeys(gain for value in values for gain in value.gains):
         indices = [
@@ -181,6 +188,44 @@ def _join(call: Call) -> Value:
         ]
         gains[gain] = call.func(indices, *call.args[1:], **call.kwargs)
     return Value(gains=gains, normalised=all(value.normalised for value in values))
+
+
+def _join_views(call: Call, values: Sequence[Value]) -> Value:
+    """Nothing may fold into parameters that are joined here; but where their elements are in the result is known."""
+    dim = call.argument(1, "dim", 0) % call.out.dim()
+    stacked = call.func.overloadpacket is aten.stack
+    if not all(value.view or value.parts or value.zero for value in values):
+        raise UnknownError
+    if not stacked and any(tensor.dim() != call.out.dim() for tensor in call.args[0]):
+        raise UnknownError  # an empty one
+    lengths = [1 if stacked else tensor.shape[dim] for tensor in call.args[0]]
+
+    def join(index: Tensor, position: int, elsewhere: int) -> Tensor:
+        index = written_once(index, but=dim)
+        shapes = [(*index.shape[:dim], length, *index.shape[dim + 1 :]) for length in lengths]
+        if sum(map(math.prod, shapes)) > _LARGEST_INDEX:
+            raise UnknownError
+        pieces = [index.new_tensor(elsewhere).expand(shape) for shape in shapes]
+        pieces[position] = index
+        return torch.cat(pieces, dim).expand(call.out.shape)
+
+    def part(view: View, position: int) -> View:
+        if stacked:
+            view = view.moved(lambda index: [index.unsqueeze(dim)])[0]
+        coordinates = [
+            collapse(index, dim).expand(call.out.shape)
+            if constant_along(index, dim)
+            else join(index, position, UNKNOWN)
+            for index in view.coordinates
+        ]
+        return replace(view, coordinates=tuple(coordinates), mask=join(view.mask, position, False))
+
+    views = [(value.view,) if value.view else value.parts for value in values]
+    parts = tuple(part(view, position) for position, found in enumerate(views) for view in found)
+    if len({view.name for view in parts}) < len(parts):
+        raise UnknownError  # one parameter in several places
+    call.tracer.escape_all(values, UNKNOWN_OPERATOR, call)
+    return replace(LOST, parts=parts)
 
 
 def _pad(call: Call) -> Value:
@@ -264,7 +309,8 @@ def _result(call: Call, gains: dict[str, Tensor], normalised: bool, statistic: b
     """The value of a product or quotient; a gain on something normalised is a norm's."""
     if normalised:
         for gain in gains:
-            call.tracer.gains[gain].is_norm = True
+            record = call.tracer.gains[gain]
+            record.is_norm |= not record.escapes  # else a scale ahead of the norm, whose statistic has read it, too
     return Value(gains=gains, normalised=normalised, statistic=statistic)
 
 
@@ -649,6 +695,9 @@ _MOVES = _COPIES + _aten(
 
 # What a norm's bias survives: results that are moved and not computed with, and those to which it is added.
 _SHIFTED = {*_SAME, *_VIEWS, *_MOVES, aten.add, aten.native_layer_norm} - {aten.neg}
+_JOINS = _aten("cat stack")
+# What keeps a joined tensor's elements as they are.
+_KEEPS_PARTS = {*_SAME, *_VIEWS, *_MOVES, *_JOINS} - {aten.neg}
 
 # What is impossible whatever the gain's values; `relu` and `abs` are not here, since positive gains pass them.
 _NON_LINEAR_OPERATORS = _STATISTICS + _aten(
@@ -675,7 +724,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys(_aten("cat stack"), _join),
+    **dict.fromkeys(_JOINS, _join),
     aten.constant_pad_nd: _pad,
     **dict.fromkeys(_aten("index index_select"), _select_by_index),
     aten.embedding: _embedding,

@@ -5,12 +5,13 @@
 * It is *shifted* by a norm's bias if it is the sum of what it would be without that bias and `bias[index]`.
 * A tensor that is nothing but a parameter's elements moved about is a *view*; one index tensor per axis of the
   parameter says where every element comes from.
+* A tensor that several such tensors were joined to has *parts*: views that say which of its elements are theirs.
 * So an operator that only moves data needs no rule of its own: it is run on the index tensors. They are expanded
   (stride 0) wherever they are constant, so a view of a gigabyte costs a few kilobytes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +28,15 @@ class View:
         name: the parameter.
         shape: the parameter's shape.
         coordinates: for each axis of the parameter, the index along it of every element of this tensor.
+        mask: which elements of this tensor are the parameter's: all, unless it is a part of something joined. The
+            coordinates of others mean nothing.
         offset: a constant that was added (1.0 in Gemma's `1 + weight`).
     """
 
     name: str
     shape: tuple[int, ...]
     coordinates: tuple[Tensor, ...]
+    mask: Tensor
     offset: float = 0.0
 
     @staticmethod
@@ -43,12 +47,23 @@ class View:
             torch.arange(size).view([-1 if axis == other else 1 for other in range(len(shape))]).expand(shape)
             for axis, size in enumerate(shape)
         )
-        return View(name, shape, coordinates)
+        return View(name, shape, coordinates, torch.tensor(True).expand(shape))
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of this tensor (`shape` is the parameter's)."""
         return tuple(self.coordinates[0].shape)
+
+    @property
+    def size(self) -> int:
+        """How many elements of this tensor are the parameter's."""
+        written = written_once(self.mask)
+        return int(written.sum()) * (self.mask.numel() // max(1, written.numel()))
+
+    def moved(self, move: Callable[[Tensor], list[Tensor]]) -> "list[View]":
+        """The views that an operator that only moves elements makes of this one; `move` is that operator."""
+        moved = zip(move(self.mask), *(move(index) for index in self.coordinates), strict=True)
+        return [replace(self, mask=mask, coordinates=tuple(coordinates)) for mask, *coordinates in moved]
 
     def channels(self) -> Tensor:
         """The flat index into the parameter of every element."""
@@ -72,6 +87,7 @@ class Value:
         statistic: it is such a divisor (or its reciprocal).
         zero: it is zero by construction.
         unknown: an operator without a rule made it of something tracked, so nothing can be said of what it holds.
+        parts: the views that were joined to it, as long as it is moved and nothing else.
     """
 
     view: View | None = None
@@ -81,33 +97,39 @@ class Value:
     statistic: bool = False
     zero: bool = False
     unknown: bool = False
+    parts: tuple[View, ...] = ()
 
     @property
     def tracked(self) -> bool:
         """Whether any operator on it must be accounted for."""
-        return self.view is not None or bool(self.gains)
+        return self.view is not None or bool(self.gains) or bool(self.parts)
 
 
 PLAIN = Value()
 LOST = Value(unknown=True)
 
 
-def _written_once(index: Tensor) -> Tensor:
-    """The index without its expanded dimensions: what was expanded is constant, and need not be read more than once."""
+def written_once(index: Tensor, but: int | None = None) -> Tensor:
+    """The index without its expanded dimensions: what was expanded is constant, and need not be read more than once.
+
+    Args:
+        index: of a value or a view.
+        but: a dimension that stays as it is.
+    """
     for dim, stride in enumerate(index.stride()):
-        if stride == 0:
+        if stride == 0 and dim != but:
             index = collapse(index, dim)
     return index
 
 
 def carries(index: Tensor) -> bool:
     """Whether any element carries a gain at all."""
-    return bool((_written_once(index) >= 0).any())
+    return bool((written_once(index) >= 0).any())
 
 
 def constant_along(index: Tensor, dims: int | tuple[int, ...]) -> bool:
     """Whether the index is the same all along the given dimensions."""
-    index = _written_once(index)
+    index = written_once(index)
     dims = (dims,) if isinstance(dims, int) else dims
     return all(index.size(dim) == 1 or bool((index == collapse(index, dim)).all()) for dim in dims)
 
@@ -120,7 +142,7 @@ def constant_except(index: Tensor, dim: int) -> bool:
 
 def without_zeros(index: Tensor, dim: int) -> Tensor:
     """The index with its zeros taken for whatever the others at the same place of `dim` are."""
-    if not (_written_once(index) == ZERO).any():
+    if not (written_once(index) == ZERO).any():
         return index
     others = tuple(other for other in range(index.dim()) if other != dim % index.dim())
     line = index.amax(others, keepdim=True) if others else index
