@@ -102,8 +102,9 @@ def stored_value(name: str, tensor: Tensor) -> Tensor:
 
 def tokenizer_of(metadata: dict[str, Any]) -> GemmaTokenizer:
     """The file holds no merges: a token is merged out of any two that make it, earlier tokens first."""
+    written = metadata["tokenizer.ggml.tokens"]
     # llama.cpp writes runs of spaces as such.
-    tokens = [token if token.strip(" ") else "▁" * len(token) for token in metadata["tokenizer.ggml.tokens"]]
+    tokens = [token if token.strip(" ") else "▁" * len(token) for token in written]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [
         (token[:at], token[at:])
@@ -111,11 +112,12 @@ def tokenizer_of(metadata: dict[str, Any]) -> GemmaTokenizer:
         for at in range(len(token) - 1, 0, -1)
         if token[:at] in vocabulary and token[at:] in vocabulary
     ]
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
+    begins = metadata["tokenizer.ggml.add_bos_token"]
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=begins)
     kinds = metadata["tokenizer.ggml.token_type"]
     for kind in (CONTROL, USER_DEFINED):
         special = kind == CONTROL
-        whole = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
+        whole = [token for token, its in zip(written, kinds, strict=True) if its == kind and token in vocabulary]
         added = [AddedToken(token, normalized=False, special=special) for token in whole]
         tokenizer.add_tokens(added, special_tokens=special)
     return tokenizer
