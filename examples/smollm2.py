@@ -41,7 +41,11 @@ def build(folder: Path) -> Path:
     model.hf_quantizer = None
     del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=GGUF)
-    # Made beside and renamed, so that an interrupted run leaves no half checkpoint.
+    return publish(model, tokenizer, folder)
+
+
+def publish(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """Save both to `folder`: made beside and renamed, so that an interrupted run leaves no half checkpoint."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

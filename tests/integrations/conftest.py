@@ -18,6 +18,7 @@ import flashnorm
 import tiny
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import gemma3 as gemma3_example
 import smollm2 as smollm2_example
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm installs it)")
@@ -82,10 +83,19 @@ def source(folder: Path, model_type: str) -> Path:
 
 def smollm2(folder: Path, dtype: torch.dtype) -> Path:
     """SmolLM2-135M-Instruct in a dtype."""
-    built = smollm2_example.build(folder / "smollm2")
+    return _in_dtype(smollm2_example.build(folder / "smollm2"), dtype)
+
+
+def gemma3(folder: Path, dtype: torch.dtype) -> Path:
+    """Gemma 3 270M in a dtype."""
+    return _in_dtype(gemma3_example.build(folder / "gemma3"), dtype)
+
+
+def _in_dtype(built: Path, dtype: torch.dtype) -> Path:
     if dtype == torch.bfloat16:
         return built
-    wide = tensors_changed(built, folder / "smollm2-float32", lambda tensors: tensors.update(_as(tensors, dtype)))
+    target = built.with_name(f"{built.name}-float32")
+    wide = tensors_changed(built, target, lambda tensors: tensors.update(_as(tensors, dtype)))
     config = json.loads((wide / "config.json").read_text())
     (wide / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     return wide

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flashnorm
-from integrations.conftest import MODELS, Results, assert_same, job, needs_vllm, run_jobs, smollm2, source
+from integrations.conftest import MODELS, Results, assert_same, gemma3, job, needs_vllm, run_jobs, smollm2, source
 
 pytestmark = needs_vllm
 
@@ -29,6 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for model_type in ("llama", "gemma3_text"):
         both(f"{model_type}, Transformers backend", folder / model_type, model_impl="transformers")
     both("compiled", folder / "llama", enforce_eager=False)
+    both("gemma3 270M", gemma3(folder, torch.float32))
     both("smollm2, bfloat16", smollm2(folder, torch.bfloat16), dtype="bfloat16")
     original = smollm2(folder / "wide", torch.float32)
     flashnorm.convert(original, folder / "untied", untie=True)
@@ -76,6 +77,14 @@ def test_transformers_backend(results: Results, model_type: str) -> None:
 
 def test_compiled(results: Results) -> None:
     assert_same(results["compiled converted"], results["compiled"])
+
+
+def test_gemma3_270m(results: Results) -> None:
+    original, converted = results["gemma3 270M"], results["gemma3 270M converted"]
+    assert_same(converted, original)
+    gone = set(original["vectors"]) - set(converted["vectors"])
+    assert len(gone) == 36
+    assert {name.split(".")[-2] for name in gone} == {"input_layernorm", "pre_feedforward_layernorm"}
 
 
 def test_smollm2_untied(results: Results) -> None:

@@ -1,6 +1,7 @@
-"""SmolLM2-135M, built once for a test run."""
+"""SmolLM2-135M and Gemma 3 270M, built once for a test run."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,24 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from smollm2 import build
+import gemma3 as gemma3_example
+import smollm2 as smollm2_example
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of SmolLM2-135M-Instruct in bf16, as a user would have it. Not to be written to."""
+    return built_once(tmp_path_factory, smollm2_example.build, "smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of Gemma 3 270M in bf16, as a user would have it. Not to be written to."""
+    return built_once(tmp_path_factory, gemma3_example.build, "gemma3-270m")
+
+
+def built_once(tmp_path_factory: pytest.TempPathFactory, build: Callable[[Path], Path], name: str) -> Path:
     # One for all processes of pytest-xdist: the parent of each one's folder.
     shared = tmp_path_factory.getbasetemp().parent
-    with FileLock(shared / "smollm2.lock"):
-        return build(shared / "smollm2-135m")
+    with FileLock(shared / f"{name}.lock"):
+        return build(shared / name)
