@@ -16,18 +16,9 @@ from typing import Any
 import smollm2
 
 from compatibility import environments
-from compatibility.checks import CHECKS, INSIDE, LOGS, CheckError, Place, Result, ask
+from compatibility.checks import CHECKS, INSIDE, LOGS, CheckError, Place, ask, attempt
 from compatibility.document import DOCUMENT, document, machine
 from compatibility.environments import CannotBeInstalled, Environment
-from peers.client import PeerError
-
-
-def attempt(check: str, place: Place) -> Result:
-    """A check, whatever happens."""
-    try:
-        return CHECKS[check][1](place)
-    except (CheckError, CannotBeInstalled, PeerError) as error:
-        return Result(f"FAILED: {str(error).splitlines()[0]}")
 
 
 class Table:

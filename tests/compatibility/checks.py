@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from compatibility.environments import REPOSITORY, ROOT, Environment, last_line, run
-from peers.client import Peer
+from compatibility.environments import REPOSITORY, ROOT, CannotBeInstalled, Environment, last_line, run
+from peers.client import Peer, PeerError
 
 LOGS = REPOSITORY / "build" / "compatibility"
 INSIDE, UPSTREAM = (Path(__file__).with_name(name) for name in ("inside.py", "upstream.py"))
@@ -216,3 +216,11 @@ CHECKS: dict[str, tuple[str, Callable[[Place], Result]]] = {
     "new types": ("new types", _new_types),
     "upstream": ("Transformers' tests", _upstream),
 }
+
+
+def attempt(check: str, place: Place) -> Result:
+    """A check, whatever happens."""
+    try:
+        return CHECKS[check][1](place)
+    except (CheckError, CannotBeInstalled, PeerError) as error:
+        return Result(f"FAILED: {str(error).splitlines()[0]}")

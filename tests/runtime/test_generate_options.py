@@ -33,8 +33,9 @@ RETURNED = {"return_dict_in_generate": True}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Token 7 is `t7`."""
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    """Token 7 is `t7`; the last one is a word that Transformers wants for stop strings."""
+    vocabulary = {f"t{i}": i for i in range(VOCABULARY - 1)} | {"abcdef": VOCABULARY - 1}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2")
 
