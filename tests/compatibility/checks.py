@@ -21,6 +21,13 @@ ROUNDS, PROMPT, DECODED = 5, 16, 128
 DECODER = "flashnorm.optimize: generate"  # among the contenders of benchmarks/generate.py
 
 
+# Tests of Transformers that folded models are meant to fail, and why.
+MEANT = dict.fromkeys(
+    ("test_load_save_without_tied_weights", "test_model_weights_reload_no_missing_tied_weights"),
+    "every weight is expected in the files, and folded norms have none",
+)
+
+
 class CheckError(Exception):
     """A check ended without a result."""
 
@@ -194,12 +201,15 @@ def compare(outcomes: dict[str, dict[str, dict[str, str]]], models: dict[str, di
             if way == "plain":
                 continue
             worse = {test: found.get(test, "did not run") for test in passed if found.get(test) != "passed"}
-            ours += len(worse)
+            meant = {test: MEANT[test] for test in worse if way == "folded" and test in MEANT}
+            ours += len(worse) - len(meant)
             done = ", ".join(f"{count} {what}" for what, count in models[f"{kind}, {way}"].items())
             details.append(
                 f"{kind}, {way}: {len(passed) - len(worse)} of the {len(passed)} that pass plain; models: {done}"
             )
-            details += [f"{kind}, {way}: `{test}` {outcome}" for test, outcome in worse.items()]
+            for test, outcome in worse.items():
+                reason = f" (as meant: {meant[test]})" if test in meant else ""
+                details.append(f"{kind}, {way}: `{test}` {outcome}{reason}")
     return Result(f"{ours} fail on ours only" if ours else "none fails on ours only", details)
 
 

@@ -31,9 +31,9 @@ from flashnorm.runtime.optimize import optimize_if_supported
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
-    "Qwen3": ("Qwen3", {"head_dim": 8}),
+    "Qwen3": ("Qwen3", {}),
     "Mistral": ("Mistral", {"sliding_window": None}),
-    "Gemma 3": ("Gemma3", {"head_dim": 8}),
+    "Gemma 3": ("Gemma3", {}),
 }
 SIZES = {
     "vocab_size": 99,
@@ -42,6 +42,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,  # the kernels' least
     "max_position_embeddings": 512,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -88,7 +89,7 @@ def mixin(folder: Path) -> tuple[type, type]:
     ]
 
 
-class Tester:
+class Tiny:
     """What the mixin asks of a model's own tests: a config, and inputs."""
 
     batch_size, seq_length, is_training, num_hidden_layers = 3, 7, True, SIZES["num_hidden_layers"]
@@ -135,12 +136,12 @@ def define(folder: Path) -> None:
     """A class of tests for each kind and way, in this module, for pytest to find."""
     tests, generation = mixin(folder)
     for kind in KINDS:
-        tester = Tester(kind)
+        tester = Tiny(kind)
         for way, change in WAYS.items():
             name = next(name for name, group in GROUPS.items() if group == (kind, way))
             counts = MODELS[f"{kind}, {way}"] = Counter()
 
-            def set_up(self: Any, tester: Tester = tester, change: Any = change, counts: Counter = counts) -> None:
+            def set_up(self: Any, tester: Tiny = tester, change: Any = change, counts: Counter = counts) -> None:
                 self.model_tester = tester
                 torch.manual_seed(0)
                 if change:
@@ -165,6 +166,8 @@ class Recorder:
             kind, way = GROUPS[group]
             lines = str(report.longrepr).strip().splitlines() if report.failed else []
             said = [line[1:].strip() for line in lines if line.startswith("E ")] or lines[-1:]
+            if self.outcomes[kind][way].get(test, "").startswith("failed"):
+                return  # one of its subtests, which are reported before the test itself
             self.outcomes[kind][way][test] = f"failed: {said[0]}" if report.failed else report.outcome
 
 
@@ -174,9 +177,7 @@ if "FLASHNORM_UPSTREAM" in os.environ:  # this file as pytest imports it
 if __name__ == "__main__":
     os.environ["FLASHNORM_UPSTREAM"] = sys.argv[1]
     recorder = Recorder()
-    pytest.main(
-        [__file__, "-q", "--no-header", "-c", os.devnull, "-p", "no:cacheprovider", "--timeout=300", *sys.argv[2:]],
-        plugins=[recorder],
-    )
+    options = ["-q", "--no-header", "-c", os.devnull, "-p", "no:cacheprovider", "-p", "no:warnings", "--timeout=300"]
+    pytest.main([__file__, *options, *sys.argv[2:]], plugins=[recorder])
     found = sys.modules[Path(__file__).stem]
     print(json.dumps({"outcomes": recorder.outcomes, "models": found.MODELS}))
