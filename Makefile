@@ -22,7 +22,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures sanitize attack lint format bench clean
+.PHONY: demo test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures compatibility sanitize attack lint format bench clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
@@ -54,6 +54,14 @@ evals: $(EVALS_INSTALLED)
 # `make FAMILIES=causal-lm architectures` examines these again, and leaves the other tables as they are.
 architectures: $(INSTALLED)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep $(FAMILIES)
+
+# Old and new versions of Transformers, torch, PEFT, lm-eval and vLLM: hours, and gigabytes in .venv-compat.
+# `make ONLY="transformers-5.4.0 ..." CHECKS="greedy ..." compatibility` tries some again.
+ONLY ?=
+CHECKS ?=
+
+compatibility: $(INSTALLED)
+	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m compatibility $(if $(ONLY),--only $(ONLY)) $(if $(CHECKS),--checks $(CHECKS))
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
 SANITIZED := build/sanitized/libflashnorm_kernels.so
@@ -97,7 +105,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/plot.py build/*-*.json docs/generation.svg
 
 clean:
-	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) .venv-peers
+	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) .venv-peers .venv-compat
 
 $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV) ..."
