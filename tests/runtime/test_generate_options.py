@@ -170,7 +170,11 @@ def test_an_option(name: str, kind: str, folded: bool) -> None:
     model: Any = build(kind)
     if folded:
         flashnorm.fold_(model)
-    assert_same(outcome(flashnorm.optimize(model), name), expected)
+    found = outcome(flashnorm.optimize(model), name)
+    if folded and name == "hidden states":  # the last one is after the final norm, whose gain is in the head now
+        for one in (found, expected):
+            one["hidden_states"] = tuple(step[:-1] for step in one["hidden_states"])
+    assert_same(found, expected)
 
 
 def test_a_text_goes_on_over_its_cache() -> None:

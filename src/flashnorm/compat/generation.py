@@ -43,7 +43,7 @@ def attention_function(attention: Any, config: Any) -> Callable[..., Any]:
     Raises:
         KeyError: it is none that Transformers knows.
     """
-    eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
 
 

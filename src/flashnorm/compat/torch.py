@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
@@ -113,7 +114,7 @@ def surroundings() -> str | None:
     """
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit traces it"
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return "there are hooks for all modules"
@@ -123,7 +124,7 @@ def surroundings() -> str | None:
         return "a mode sees every operator"
     if torch._C._len_torch_function_stack() and not all(map(_only_sets_device, _function_modes())):
         return "a mode sees every function"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms it"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode gradients are on"

@@ -77,13 +77,8 @@ _OPTIONS_ELSEWHERE = {
     "use_mtp": "it drafts for itself",
 }
 
-# The caches in which Transformers keeps keys and values as they are.
-_EXACT_CACHES = frozenset(
-    {
-        *(None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static", "sliding_window", "hybrid"),
-        *("hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
-    }
-)
+# The caches in which Transformers keeps keys and values as they are, in memory.
+_EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "sliding_window", "hybrid", "hybrid_chunked")
 
 
 class Generate(Substitute):

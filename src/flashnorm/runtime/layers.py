@@ -7,7 +7,7 @@
   what was proven (a hook, an adapter, another module, gradients), its own code runs, and a remark says so.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,15 @@ def _halves(tables: Any, batch: int, tokens: int, rotary: int) -> tuple[Tensor, 
     return halves[0], halves[1]
 
 
+class _Ready(NamedTuple):
+    """A layer's weights, each token's cosines and sines, and the name under which there is a cache."""
+
+    weights: LayerWeights
+    cos: Tensor
+    sin: Tensor
+    cache: str | None
+
+
 class FusedForward(Substitute):
     """A decoder layer's `forward`.
 
@@ -89,7 +98,7 @@ class FusedForward(Substitute):
             return type(self._layer).forward(self._layer, *args, **kwargs)
         ready = self._ready(args, kwargs)
         if not isinstance(ready, str):
-            return self._forward(args[0], *ready, kwargs)
+            return self._forward(args[0], ready, kwargs)
         remark("a decoder layer runs its own code", ready)
         return type(self._layer).forward(self._layer, *args, **kwargs)
 
@@ -98,8 +107,8 @@ class FusedForward(Substitute):
         found = self._weights()
         return found if isinstance(found, str) else None
 
-    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | str:
-        """Weights, cosines and sines, and the name of the cache; or why the kernels are not to be used."""
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Ready | str":
+        """What the kernels need; or why they are not to be used."""
         if len(args) != 1 or not isinstance(args[0], Tensor):
             return f"expected one positional argument, found {len(args)}"
         if unknown := kwargs.keys() - _KNOWN:
@@ -118,10 +127,10 @@ class FusedForward(Substitute):
             return f"expected activations of three dimensions, found {tuple(x.shape)}"
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._layer.parameters())):
             return "gradients are wanted"
-        tables = self._rotation.halves(kwargs.get("position_embeddings"), *x.shape[:2], self._sizes.rotary)
+        tables = self._rotation.halves(kwargs.get("position_embeddings"), len(x), x.shape[1], self._sizes.rotary)
         if tables is None:
             return "expected rotary tables of two equal halves, found others"
-        return weights, *tables, caches[0] if caches else None
+        return _Ready(weights, *tables, caches[0] if caches else None)
 
     def _weights(self) -> LayerWeights | str:
         """What the layer holds now; or why it is not to be used."""
@@ -133,15 +142,8 @@ class FusedForward(Substitute):
             return str(error)
         return layer_problem(weights, self._sizes) or weights
 
-    def _forward(
-        self,
-        x: Tensor,
-        weights: LayerWeights,
-        cos: Tensor,
-        sin: Tensor,
-        cache: str | None,
-        given: dict[str, Any],
-    ) -> Tensor:
+    def _forward(self, x: Tensor, ready: "_Ready", given: dict[str, Any]) -> Tensor:
+        weights, cos, sin, cache = ready
         settings, (batch, tokens, hidden), attention = self._settings, x.shape, self._layer.self_attn
         handed = {name: value for name, value in given.items() if name in generation.FOR_ATTENTION}
         rows = x.reshape(-1, hidden)

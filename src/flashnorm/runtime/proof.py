@@ -85,11 +85,11 @@ def small_copy(model: Any, indices: Sequence[int]) -> Any:
                 setattr(made, name, copied(child))
     small.base_model.layers = nn.ModuleList(copied(layers[i]) for i in indices)
     for index, layer in enumerate(small.base_model.layers):
-        for part in layer.modules():
-            if "layer_idx" in vars(part):
-                part.layer_idx = index
-            if windowed and vars(part).get("sliding_window"):
-                part.sliding_window = _WINDOW
+        for settings in map(vars, layer.modules()):
+            if "layer_idx" in settings:
+                settings["layer_idx"] = index
+            if windowed and settings.get("sliding_window"):
+                settings["sliding_window"] = _WINDOW
     small.set_input_embeddings(nn.Embedding.from_pretrained(embedding.weight[:_VOCABULARY].float()))
     small.set_output_embeddings(nn.Linear(*head.weight[:_VOCABULARY].shape[::-1], bias=False))
     small.get_output_embeddings().weight = nn.Parameter(head.weight[:_VOCABULARY].float(), requires_grad=False)

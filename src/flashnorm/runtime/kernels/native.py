@@ -185,7 +185,7 @@ def address(values: Tensor | None, keep: list[Tensor]) -> int | None:
 
 def memory_of(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its memory, which someone may have taken away."""
-    return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    return int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
 
 
 def padded(count: int) -> int:
