@@ -49,7 +49,7 @@ class Underflow:
 
     def __str__(self) -> str:
         return (
-            f"{self.products:,} folded weights are below the normal numbers of their dtype, {self.zeros:,} of them zero, "
+            f"{self.products:,} folded weights are below the normal numbers of their dtype, {self.zeros:,} are zero, "
             f"as the exact product is that small; the largest relative error is {self.largest_error:.2g}"
         )
 
