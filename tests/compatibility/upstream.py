@@ -4,6 +4,7 @@
 
 * Every model that a test puts into evaluation mode, as `from_pretrained` does by itself, is first folded and optimised.
   Models in training stay plain, as optimised ones run their own code there.
+* Its parameters then want no gradients, on plain models either: where they do, a layer's own code runs.
 * The distribution lacks the tests of `generate` and of export, which the mixin inherits from; empty classes take their
   place here. `tests/runtime/test_generate_options.py` has a table of options of `generate` instead.
 """
@@ -56,8 +57,8 @@ def fold_and_optimize(model: PreTrainedModel) -> str | None:
     return optimize_if_supported(model)
 
 
-WAYS: dict[str, Callable[[PreTrainedModel], str | None] | None] = {
-    "plain": None,
+WAYS: dict[str, Callable[[PreTrainedModel], str | None]] = {
+    "plain": lambda model: "plain",
     "optimised": optimize_if_supported,
     "folded": fold_and_optimize,
 }
@@ -122,7 +123,7 @@ def _changing(change: Callable[[PreTrainedModel], str | None], counts: Counter[s
         if not changing and not any(parameter.is_meta for parameter in model.parameters()):
             changing = True
             try:
-                counts[change(model) or "changed"] += 1
+                counts[change(model.requires_grad_(False)) or "changed"] += 1
             except InputError as error:
                 counts[str(error)] += 1
             finally:
@@ -144,10 +145,9 @@ def define(folder: Path) -> None:
             def set_up(self: Any, tester: Tiny = tester, change: Any = change, counts: Counter = counts) -> None:
                 self.model_tester = tester
                 torch.manual_seed(0)
-                if change:
-                    patched = patch.object(PreTrainedModel, "eval", _changing(change, counts))
-                    patched.start()
-                    self.addCleanup(patched.stop)
+                patched = patch.object(PreTrainedModel, "eval", _changing(change, counts))
+                patched.start()
+                self.addCleanup(patched.stop)
 
             body = {"all_model_classes": (tester.base_model_class, tester.causal_lm_class), "setUp": set_up}
             globals()[name] = type(name, (tests, generation, unittest.TestCase), body)

@@ -55,7 +55,7 @@ def last_token(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
     return torch.cat([input_ids, model(input_ids).logits[:, -1:].argmax(-1)], 1)
 
 
-# Name -> from the model to the arguments; what is used up is made anew for each call.
+# Name -> from the model to the arguments; what is used up is made anew for each call. Offloaded caches want a GPU.
 OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "greedy": lambda _: {},
     "an inferred mask": lambda _: {"inputs": PADDED["inputs"], "attention_mask": None},
@@ -88,8 +88,6 @@ OPTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "prompt lookup": lambda _: {"prompt_lookup_num_tokens": 3},
     "an early exit": lambda _: {"assistant_early_exit": 1},
     "a static cache": lambda _: {"cache_implementation": "static", "disable_compile": True},
-    "an offloaded cache": lambda _: {"cache_implementation": "offloaded"},
-    "an offloaded static cache": lambda _: {"cache_implementation": "offloaded_static", "disable_compile": True},
     "a quantised cache": lambda _: {"cache_implementation": "quantized"},
     "a cache by name": lambda _: {"cache_implementation": "dynamic"},
     "the caller's cache": lambda model: {"past_key_values": DynamicCache(config=model.config)},
