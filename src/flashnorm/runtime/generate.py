@@ -9,6 +9,7 @@
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,7 +117,7 @@ class Generate(Substitute):
     @property
     def _own(self) -> Any:
         """Transformers' own."""
-        return functools.partial(type(self._model).generate, self._model)
+        return types.MethodType(type(self._model).generate, self._model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The same arguments and result as Transformers' `generate`."""

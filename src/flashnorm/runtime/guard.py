@@ -87,7 +87,7 @@ class _Part:
             return "it is in training mode"
         if not state.keys() <= self.keys:
             for key in state.keys() - self.keys:
-                if hasattr(kind, key):
+                if getattr(kind, key, state[key]) is not state[key]:
                     return f"{self.called} has a {key} of its own"
         for key, value in self.plain:
             if (setting := state.get(key, _MISSING)) is not value and setting != value:
