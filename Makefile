@@ -64,6 +64,7 @@ compatibility: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m compatibility $(if $(ONLY),--only $(ONLY)) $(if $(CHECKS),--checks $(CHECKS))
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
+SEQUENCES ?= 25
 SANITIZED := build/sanitized/libflashnorm_kernels.so
 
 sanitize: $(INSTALLED)
@@ -71,7 +72,8 @@ sanitize: $(INSTALLED)
 	@$(BIN)/python src/flashnorm/runtime/kernels/build.py $(SANITIZED) \
 		-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/runtime/test_ops.py tests/runtime/test_fused.py
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/runtime/test_ops.py tests/runtime/test_fused.py \
+		tests/runtime/test_sequences.py --sequences $(SEQUENCES)
 
 # Damaged files, failing disks, signals: hours, if RUNS is large.
 RUNS ?= 1000

@@ -16,6 +16,7 @@ if os.environ.get("CI"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels", type=Path, help="test these compiled kernels instead of the package's own")
+    parser.addoption("--sequences", type=int, default=25, help="how many random sequences tests/runtime tries")
 
 
 def pytest_configure(config: pytest.Config) -> None:

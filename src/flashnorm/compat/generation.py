@@ -77,6 +77,11 @@ def is_recording(hook: object) -> bool:
     return getattr(hook, "__module__", None) == output_capturing.__name__
 
 
+def only_wants_gradients(hook: object) -> bool:
+    """Whether a hook is the one that checkpointing of gradients leaves on the embedding: it marks what that gives."""
+    return getattr(hook, "__qualname__", "").endswith("enable_input_require_grads.<locals>.make_inputs_require_grads")
+
+
 def recorded() -> Collection[str]:
     """What those hooks record just now: "hidden_states", "attentions", ..., and what belongs to these."""
     return output_capturing._active_collector.get() or ()

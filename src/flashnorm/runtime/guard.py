@@ -121,7 +121,12 @@ _OURS = Substitute()
 
 
 def _is_idle(hook: object) -> bool:
-    """Transformers leaves its recording hooks where they are; what layers return can be recorded of any forward."""
+    """Transformers leaves its own hooks where they are.
+
+    What layers return can be recorded of any forward; an embedding has no gradients where nothing has, as in a loop.
+    """
+    if generation.only_wants_gradients(hook):
+        return True
     if not generation.is_recording(hook):
         return False
     return all(name.lstrip("_").startswith("hidden_states") for name in generation.recorded())
