@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from flashnorm.planning import plan
     from flashnorm.runtime.in_memory import fold_
     from flashnorm.runtime.load import load
-    from flashnorm.runtime.optimize import Status, optimize, status
+    from flashnorm.runtime.optimize import optimize
+    from flashnorm.runtime.status import Status, status
     from flashnorm.verify import IntegrityReport, VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -50,14 +51,14 @@ _HOMES = {
     "IntegrityReport": "flashnorm.verify",
     "Kept": "flashnorm.plan",
     "Linear": "flashnorm.plan",
-    "Status": "flashnorm.runtime.optimize",
+    "Status": "flashnorm.runtime.status",
     "VerifyReport": "flashnorm.verify",
     "convert": "flashnorm.convert",
     "fold_": "flashnorm.runtime.in_memory",
     "load": "flashnorm.runtime.load",
     "optimize": "flashnorm.runtime.optimize",
     "plan": "flashnorm.planning",
-    "status": "flashnorm.runtime.optimize",
+    "status": "flashnorm.runtime.status",
     "verify": "flashnorm.verify",
 }
 

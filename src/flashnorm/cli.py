@@ -3,11 +3,13 @@
 Exit status: 0 done, or verified and equal; 1 verified and found different; 2 unusable input.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -182,20 +184,43 @@ def generate(
     from transformers import TextStreamer
 
     from flashnorm.runtime.load import load, load_tokenizer
-    from flashnorm.runtime.optimize import optimize
+    from flashnorm.runtime.status import status
 
-    model: Any = load(out, optimize=False, trust_remote_code=trust_remote_code)
+    with _remarks():
+        model: Any = load(out, trust_remote_code=trust_remote_code)
+    if (runs := status(model)).generate is not None:
+        print(f"flashnorm: the model runs {runs.in_words}", file=sys.stderr)
     tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise InputError(f"expected a prompt of at least one token, found {prompt!r}")
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    with _remarks():
+        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+
+
+@app.command("status")
+def show_status(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A FlashNorm checkpoint: a folder or a hub id.")],
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say what a checkpoint is, what of it runs on the fused kernels here, and why the rest does not."""
+    from flashnorm.runtime.status import folder_status
+
+    with _remarks():
+        found = folder_status(out, trust_remote_code=trust_remote_code)
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
+
+
+@contextlib.contextmanager
+def _remarks() -> Iterator[None]:
+    """Warnings, and what the runtime logs, go to standard error as our own."""
     with warnings.catch_warnings(record=True) as remarks:
-        warnings.simplefilter("always")
-        optimize(model)
+        warnings.simplefilter("always", UserWarning)
+        yield
     for remark in remarks:
         print(f"flashnorm: {remark.message}", file=sys.stderr)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
 
 def main() -> NoReturn:

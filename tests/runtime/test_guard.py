@@ -16,9 +16,12 @@ from transformers import GenerationConfig
 
 import flashnorm
 from decoders import build, error, generate, text
-from flashnorm.runtime import guard
+from flashnorm.compat import generation
+from flashnorm.runtime import guard, ops
+from flashnorm.runtime.fused import FusedDecoder
 from flashnorm.runtime.kernels import native
-from flashnorm.runtime.optimize import install
+from flashnorm.runtime.optimize import install, optimize_if_supported
+from flashnorm.runtime.proof import small_copy
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 
@@ -387,3 +390,72 @@ def test_status_of_models() -> None:
     assert flashnorm.status(build("llama", torch.float64)).generate == (
         "expected float32, bfloat16 or float16 weights, found torch.float64"
     )
+
+
+# --- the proof behind `optimize`
+
+
+def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers 5.24 did to a fused layer of an older release: the cache came under a name it did not read."""
+    monkeypatch.setattr(generation, "update_cache", lambda name, cache, keys, values, *rest: (keys, values))
+
+
+def _another_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    after = ops.after_attention
+    monkeypatch.setattr(ops, "after_attention", lambda x, a, w, _, *rest: after(x, a, w, "relu", *rest))
+
+
+def _a_step_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: FusedDecoder, ids: Tensor) -> Tensor:
+        self.start(len(ids))
+        return self._run(ids[:, None], len(ids), 0)
+
+    monkeypatch.setattr(FusedDecoder, "step", step)
+
+
+def _wrong_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    after = ops.after_attention
+    uneven = torch.linspace(0.8, 1.2, 64)
+
+    def wrong(x: Tensor, *rest: Any) -> Tensor:
+        return after(x, *rest) if x.dtype == torch.float32 else (after(x, *rest) * uneven).to(x.dtype)
+
+    monkeypatch.setattr(ops, "after_attention", wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("break_it", [_no_cache, _another_activation, _wrong_in_16_bits, _a_step_that_forgets])
+def test_kernels_that_compute_something_else_are_not_used(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    said: pytest.LogCaptureFixture,
+) -> None:
+    if (break_it, dtype) == (_wrong_in_16_bits, torch.float32):
+        return  # nothing is wrong there
+    plain, model = build("llama", dtype), build("llama", dtype)
+    break_it(monkeypatch)
+    reason = optimize_if_supported(model)
+    if break_it is _a_step_that_forgets:  # the layers are right
+        assert reason is None
+        assert "expected the scores of Transformers' own loop" in str(flashnorm.status(model).generate)
+    else:
+        assert "expected" in str(reason)
+        assert flashnorm.status(model).fused_layers == 0
+        assert "the fused kernels are not used" in said.text
+    native.runs.clear()
+    assert torch.equal(generate(model), generate(plain)) or dtype == torch.bfloat16
+    assert not native.runs[native.ALL]
+
+
+def test_the_copy_that_is_proven_is_small_and_leaves_the_model_as_it_is() -> None:
+    model: Any = build("smollm3, every other layer rotated", torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    config = copy.deepcopy(model.config.to_dict())
+    small = small_copy(model, [0, 1])
+    assert len(small.model.layers) == 2
+    assert small.config.no_rope_layers == [1, 0]
+    assert small.get_output_embeddings().weight.shape[0] == 64
+    assert not any(parameter.is_meta for parameter in small.parameters())
+    assert flashnorm.optimize(model).config.to_dict() == config
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""`flashnorm.optimize`: a Transformers model that runs on the fused kernels, and `status`, which tells what does.
+"""`flashnorm.optimize`: a Transformers model that runs on the fused kernels; `status.py` tells what of it does.
 
 * Its decoder layers use the kernels inside Transformers' own forward (`layers.py`), whatever is asked of them.
 * `generate`, where it is one token after the other, is a loop over all layers at once (`generate.py`).
@@ -8,7 +8,6 @@
 
 import mmap
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +15,10 @@ from transformers import PreTrainedModel
 
 from flashnorm.runtime.fused import check_supported
 from flashnorm.runtime.generate import Generate
-from flashnorm.runtime.guard import Substitute
+from flashnorm.runtime.guard import Substitute, remark
 from flashnorm.runtime.layers import FusedForward, Rotation
-from flashnorm.runtime.proof import prove
+from flashnorm.runtime.proof import DifferentError, prove
 from flashnorm.runtime.structure import Decoder, UnsupportedError, find_decoder, kinds_of_layers, read_decoder
-
-_REPLACED = "what flashnorm.optimize had put there was replaced"
 
 
 def optimize(model: PreTrainedModel) -> PreTrainedModel:
@@ -48,15 +45,17 @@ def optimize_if_supported(model: PreTrainedModel) -> str | None:
     model.eval()
     restore(model)
     try:
-        decoder, refusal = _proven(model)
+        decoder, refusal = proven(model)
     except UnsupportedError as reason:
+        if isinstance(reason, DifferentError):
+            remark("the fused kernels are not used", str(reason))
         return str(reason)
     _move_to_large_pages(model)
     install(model, decoder, refusal)
     return None
 
 
-def _proven(model: PreTrainedModel) -> tuple[Decoder, str | None]:
+def proven(model: PreTrainedModel) -> tuple[Decoder, str | None]:
     """A model's decoder, and why its `generate` keeps Transformers' loop, if it does.
 
     Raises:
@@ -91,72 +90,6 @@ def restore(model: PreTrainedModel) -> None:
         for name in ("forward", "generate"):
             if isinstance(vars(module).get(name), Substitute):
                 del vars(module)[name]
-
-
-@dataclass(frozen=True)
-class Status:
-    """What of a model runs on the fused kernels.
-
-    Attributes:
-        layers: for each decoder layer why its own code runs, or None: it runs on the kernels.
-        generate: why `generate` runs Transformers' own loop whatever it is asked for; None: it runs ours, for greedy
-            and sampled text.
-    """
-
-    layers: tuple[str | None, ...]
-    generate: str | None
-
-    @property
-    def fused_layers(self) -> int:
-        """How many layers run on the kernels."""
-        return sum(reason is None for reason in self.layers)
-
-    @property
-    def in_words(self) -> str:
-        """What runs, in one line: the fused kernels, or the model's own code, and why."""
-        reasons = [reason for reason in dict.fromkeys((*self.layers, self.generate)) if reason is not None]
-        if self.layers and not reasons:
-            return "on the fused kernels"
-        if not self.fused_layers:
-            return f"in plain PyTorch: {reasons[0]}" if reasons else "in plain PyTorch: it has no decoder layers"
-        return f"{self.fused_layers} of {len(self.layers)} layers on the fused kernels: {'; '.join(reasons)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {"layers": list(self.layers), "fused_layers": self.fused_layers, "generate": self.generate}
-
-    def __str__(self) -> str:
-        lines = [f"layers: {self.fused_layers} of {len(self.layers)} run on the fused kernels"]
-        lines += [f"  {reason}" for reason in dict.fromkeys(self.layers) if reason is not None]
-        loop = "the fused loop, for greedy and sampled text" if self.generate is None else "Transformers' own loop"
-        lines.append(f"generate: {loop}" + (f": {self.generate}" if self.generate else ""))
-        return "\n".join(lines)
-
-
-def status(model: PreTrainedModel) -> Status:
-    """Which parts of a model run on the fused kernels just now, and why the others do not.
-
-    Args:
-        model: any; `optimize` or `load` may have been called before.
-    """
-    layers = getattr(model.base_model, "layers", None)
-    layers = list(layers) if isinstance(layers, torch.nn.ModuleList) else []
-    substitutes = [vars(layer).get("forward") for layer in layers] + [vars(model).get("generate")]
-    if not any(isinstance(one, Substitute) for one in substitutes):
-        reason = _why_not_optimized(model)
-        return Status((reason,) * len(layers), reason)
-    *reasons, loop = (one.problem() if isinstance(one, FusedForward | Generate) else _REPLACED for one in substitutes)
-    return Status(tuple(reasons), loop)
-
-
-def _why_not_optimized(model: PreTrainedModel) -> str:
-    if model.training:
-        return "it is in training mode"
-    try:
-        _proven(model)
-    except UnsupportedError as reason:
-        return str(reason)
-    return "it was not optimized; flashnorm.optimize(model) does that"
 
 
 def _move_to_large_pages(model: PreTrainedModel) -> None:

@@ -25,6 +25,10 @@ _SAME = 1e-4
 _FARTHER = 2.0
 
 
+class DifferentError(UnsupportedError):
+    """The kernels were meant to run this model, and give something else: an upstream has changed, or they are wrong."""
+
+
 @torch.no_grad()
 def prove(model: Any, indices: Sequence[int], install: Callable[[Any], None]) -> str | None:
     """Run a small copy of a model with its own code and on the kernels.
@@ -38,7 +42,7 @@ def prove(model: Any, indices: Sequence[int], install: Callable[[Any], None]) ->
         Why the loop behind `generate` must stay Transformers'; None if ours gives the same.
 
     Raises:
-        UnsupportedError: a forward fails, differs by more than rounding, or does not reach the kernels.
+        DifferentError: a forward fails, differs by more than rounding, or does not reach the kernels.
     """
     own = small_copy(model, indices)
     ours = copy.deepcopy(own)
@@ -47,10 +51,10 @@ def prove(model: Any, indices: Sequence[int], install: Callable[[Any], None]) ->
     expected = {name: _run(f"with its own code, {name}", run, own) for name, run in _RUNS.items()}
     found = {name: _run(name, run, ours) for name, run in _RUNS.items()}
     if native.runs[native.AFTER_ATTENTION] == before:
-        raise UnsupportedError("expected its layers to reach the kernels, found that their own code runs")
+        raise DifferentError("expected its layers to reach the kernels, found that their own code runs")
     for name, logits in found.items():
         if not (error := _error(logits, expected[name])) <= _SAME:
-            raise UnsupportedError(f"{name}: expected what its own code computes, found logits {error:.2g} apart")
+            raise DifferentError(f"{name}: expected what its own code computes, found logits {error:.2g} apart")
     if model.dtype != torch.float32:
         _check_own_dtype(model.dtype, own, ours, expected)
     return _difference_of_generation(own, ours)
@@ -138,7 +142,7 @@ def _run(name: str, run: Callable[[Any], Tensor], model: Any) -> Tensor:
     try:
         return run(model).float()
     except Exception as error:  # whatever an upstream that has changed leads to
-        raise UnsupportedError(f"{name}: expected logits, found {type(error).__name__}: {error}") from error
+        raise DifferentError(f"{name}: expected logits, found {type(error).__name__}: {error}") from error
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -153,7 +157,7 @@ def _check_own_dtype(dtype: torch.dtype, own: Any, ours: Any, expected: dict[str
         oracle = expected[name]
         theirs, found = ((_run(name, run, one) - oracle).norm() / oracle.norm() for one in (own, ours))
         if not found <= _FARTHER * theirs + torch.finfo(dtype).eps:
-            raise UnsupportedError(
+            raise DifferentError(
                 f"{name}, in {dtype}: expected an error of about {theirs:.2g} as with its own code, found {found:.2g}"
             )
 

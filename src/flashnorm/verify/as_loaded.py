@@ -53,7 +53,7 @@ class AsLoaded:
 
 def loaded_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, str]:
     """The model in a dtype, and what runs."""
-    from flashnorm.runtime.optimize import status
+    from flashnorm.runtime.status import status
 
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are no kernels is said by `path`
