@@ -11,8 +11,27 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
+
+__all__ = [
+    "CACHES",
+    "FOR_ATTENTION",
+    "INDIFFERENT_ATTRIBUTES",
+    "INDIFFERENT_SETTINGS",
+    "GenerationMode",  # greedy search, sampling, beams, ...: what `generate` makes of its options
+    "attention_function",
+    "attention_implementation",
+    "cache_argument",
+    "is_recording",
+    "only_wants_gradients",
+    "own_loop",
+    "padding",
+    "prepared_config",
+    "recorded",
+    "update_cache",
+]
 
 # What a layer calls the cache that it is handed; since which version, and whether that cache's `update` is handed what
 # attention is handed, as well.

@@ -16,15 +16,14 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from operator import attrgetter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.peft_utils import find_adapter_config_file
 
+from flashnorm.compat import peft
 from flashnorm.errors import InputError
 from flashnorm.trace.models import on_meta
 
@@ -184,24 +183,10 @@ class _Guard:
         if getattr(config, "bias", "none") == "all":  # some may have taken a norm's bias
             return True
         return any(
-            _holds(wrapper, name) and getattr(wrapper, "is_feedforward", True)  # IA3, where it scales outputs
+            peft.holds(wrapper, name) and getattr(wrapper, "is_feedforward", True)  # IA3, where it scales outputs
             for path in self._folded
-            for wrapper in _wrappers(model, path)
+            for wrapper in peft.wrappers(model, path)
         )
-
-
-def _wrappers(model: nn.Module, path: str) -> Iterator[Any]:
-    """PEFT's modules around a module, and around those that it is in."""
-    module: Any = model
-    for part in path.split("."):
-        module = getattr(module, part)
-        while hasattr(module, "adapter_layer_names"):
-            yield module
-            module = module.base_layer if "base_layer" in module._modules else module.original_module
-
-
-def _holds(wrapper: Any, adapter: str) -> bool:
-    return any(adapter in attrgetter(name)(wrapper) for name in wrapper.adapter_layer_names)
 
 
 def _read_config(given: Mapping[str, Any]) -> tuple[Any, bool]:
@@ -212,7 +197,7 @@ def _read_config(given: Mapping[str, Any]) -> tuple[Any, bool]:
     from peft import PeftConfig
 
     where = {name: given[name] for name in _WHERE if given.get(name) is not None}
-    found = find_adapter_config_file(str(given["peft_model_id"]), **(where | (given.get("adapter_kwargs") or {})))
+    found = peft.config_file(str(given["peft_model_id"]), **(where | (given.get("adapter_kwargs") or {})))
     if found is None:
         return None, False
     said = json.loads(Path(found).read_bytes())

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 
 from flashnorm.compat import generation
 from flashnorm.runtime.fused import FusedDecoder, check_supported
@@ -24,7 +23,7 @@ from flashnorm.runtime.guard import Guard, Substitute, remark
 from flashnorm.runtime.structure import Decoder, UnsupportedError, find_decoder
 
 _ELSEWHERE = "generate runs Transformers' own loop"
-_LOOPS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_LOOPS = (generation.GenerationMode.GREEDY_SEARCH, generation.GenerationMode.SAMPLE)
 
 # Arguments of `generate`. Transformers deals with these before and around a loop.
 _AROUND = frozenset(
