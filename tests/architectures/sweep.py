@@ -273,7 +273,9 @@ def main() -> None:
             print(f"[{number}/{len(jobs)}] {seconds:5.1f} s  {' | '.join(row.cells())}", file=sys.stderr, flush=True)
     tables, full_size = read_document(TABLE.read_text())
     if not sys.argv[1:]:
-        full_size = published.markdown(map(published.plan_published, published.configs().values()))
+        full_size = published.markdown(
+            map(published.plan_published, filter(published.runs, published.configs().values()))
+        )
     tables |= {name: Table(MADE_WITH, found) for name, found in rows.items()}
     TABLE.write_text(document(tables, full_size))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from architectures.published import configs, plan_published
+from architectures.published import configs, plan_published, runs
 from flashnorm.trace.rules import UNKNOWN_OPERATOR
 
 
@@ -117,6 +117,8 @@ def test_every_config_has_its_expectation() -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_folds_what_the_architecture_says(name: str) -> None:
     expected = EXPECTED[name]
+    if not runs(configs()[name]):
+        pytest.skip("this version of transformers cannot run the model")
     row = plan_published(configs()[name])
     assert row.parameters == pytest.approx(expected.billions * 1e9, rel=0.03)
     assert (row.folded, sum(row.kept.values())) == (expected.folded, expected.kept)
