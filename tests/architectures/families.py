@@ -67,6 +67,7 @@ LEFT_OUT = {
     "vibevoice": "its proof takes more than 10 GB",
 }
 LARGEST = 12_000_000  # parameters; vision and audio models run on many more positions than language models here
+CACHES = {"past_key_values", "cache_params", "cache"}  # fields of what a forward returns; the last name is that of 5.24
 _PLACEHOLDERS = re.compile(r"(image|video|audio|vision|speech|media|img)(_\w+)?_token_(id|index)|_?image_token_id")
 _ORDINARY = VOCABULARY - 32  # token ids below this are no placeholders
 
@@ -226,5 +227,5 @@ def _with_tokens(model: PreTrainedModel, tokens: list[int], arguments: dict[str,
 def _floating(outputs: Any) -> list[Tensor]:
     """What a call computes. A cache is not compared: a folded model fills and reads it without the gain, as it may."""
     if isinstance(outputs, ModelOutput):
-        outputs = {name: value for name, value in outputs.items() if name not in {"past_key_values", "cache_params"}}
+        outputs = {name: value for name, value in outputs.items() if name not in CACHES}
     return [one for one in _tensors_in(outputs) if one.dtype.is_floating_point]

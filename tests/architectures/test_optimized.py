@@ -10,7 +10,7 @@ from architectures import causal
 from flashnorm.runtime.kernels import native
 
 OPTIMIZED = {
-    *("cwm", "granite", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "phi3"),
+    *("cwm", "exaone", "granite", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "phi3"),
     *("phi4_multimodal", "qwen2", "qwen3", "seed_oss", "smollm3"),
 }
 

@@ -146,7 +146,6 @@ def test_untied(gemma3: Path, inputs: Any, expected: list[int], tmp_path: Path) 
     assert greedy(model, inputs, 16) == [expected[:16]]
 
 
-@pytest.mark.xfail(strict=True, reason="says that the activation is another, which it is not")
 def test_optimize_says_what_differs(source: Any) -> None:
     """The kernels know no norm behind attention and MLP."""
     with pytest.warns(UserWarning, match="pre_feedforward_layernorm"):

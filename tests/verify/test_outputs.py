@@ -17,7 +17,7 @@ from flashnorm.plan import FoldPlan
 from flashnorm.runtime import ops
 from flashnorm.runtime.fused import FusedDecoder
 from flashnorm.runtime.kernels import native
-from flashnorm.verify import outputs, verify
+from flashnorm.verify import measures, outputs, verify
 from flashnorm.verify.conversion import Conversion, Size
 from flashnorm.verify.outputs import Greedy, OutputsReport, verify_outputs
 from flashnorm.verify.report import VerifyReport
@@ -284,7 +284,7 @@ def test_rounding_noise(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     numbers = torch.rand(100_000, generator=generator, dtype=torch.float64).mul(5).exp()
     measured = ((numbers.to(dtype).double() - numbers) / numbers).square().mean().sqrt()
-    assert outputs._rounding_noise(dtype) == pytest.approx(float(measured), rel=0.05)
+    assert measures.rounding_noise(dtype) == pytest.approx(float(measured), rel=0.05)
 
 
 def test_a_near_tie_is_no_difference() -> None:
@@ -292,7 +292,7 @@ def test_a_near_tie_is_no_difference() -> None:
     expected = torch.tensor([1, 0, 2])
 
     def compare(found: list[int], tolerance: float) -> Greedy:
-        return outputs._compare_greedy(expected, torch.tensor(found), logits, tolerance, None)
+        return measures.compare_greedy(expected, torch.tensor(found), logits, tolerance, None)
 
     assert compare([1, 0, 2], 0.0).ok
     near = compare([1, 2, 0], 0.2)

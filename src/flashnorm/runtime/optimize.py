@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from flashnorm.errors import brief
 from flashnorm.runtime.fused import check_supported
 from flashnorm.runtime.generate import Generate
 from flashnorm.runtime.guard import Substitute, remark
@@ -61,9 +62,15 @@ def proven(model: PreTrainedModel) -> tuple[Decoder, str | None]:
     Raises:
         UnsupportedError: the kernels do not compute what the model's own code computes.
     """
-    decoder = read_decoder(model)
-    check_supported(decoder)
-    return decoder, prove(model, list(kinds_of_layers(model, decoder).values()), install)
+    try:
+        decoder = read_decoder(model)
+        check_supported(decoder)
+        return decoder, prove(model, list(kinds_of_layers(model, decoder).values()), install)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # what others' code raises where a part is missing or a config refuses
+        found = f"{type(error).__name__}: {brief(error)}"
+        raise UnsupportedError(f"expected a decoder that can be read and run as a small copy, found {found}") from error
 
 
 def install(model: PreTrainedModel, decoder: Decoder | None = None, refusal: str | None = None) -> None:

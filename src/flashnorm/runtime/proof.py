@@ -73,7 +73,7 @@ def small_copy(model: Any, indices: Sequence[int]) -> Any:
         if isinstance(value, list) and len(value) == len(layers):  # one entry a layer
             setattr(config, name, [value[i] for i in indices])
     config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = len(indices), _VOCABULARY, False
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    config.pad_token_id = 0
     windowed = bool(getattr(config, "sliding_window", None))
     if windowed:
         config.sliding_window = _WINDOW
