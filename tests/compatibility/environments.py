@@ -73,6 +73,7 @@ ENVIRONMENTS = (
     Environment("transformers", "5.23.0", MODELS),
     Environment("transformers", TRANSFORMERS, (*MODELS, "new types", "upstream")),
     Environment("transformers", NEWEST, (*MODELS, "new types", "upstream")),
+    Environment("torch", "2.14.1", MODELS, PINNED, "2.14.1"),
     Environment("torch", NEWEST, MODELS, PINNED, NEWEST),
     Environment("peft", "0.18.1", ("contracts", "adapters"), PINNED),
     Environment("peft", NEWEST, ("contracts", "adapters"), PINNED),
