@@ -24,6 +24,7 @@ __all__ = [
     "attention_function",
     "attention_implementation",
     "cache_argument",
+    "forget_unfilled_cache",
     "is_recording",
     "only_wants_gradients",
     "own_loop",
@@ -114,6 +115,14 @@ def prepared_config(model: Any, config: GenerationConfig | None, options: Mappin
         config, options: as the caller gives them to `generate`; neither is changed.
     """
     return model._prepare_generation_config(config, **options)[0]
+
+
+def forget_unfilled_cache(model: Any) -> None:
+    """Let the next `generate` make a static cache of its own, when a loop has left the model's one empty.
+
+    Transformers 5.4 keeps it for the next call, and asks it for its sizes, which it has only once it was filled.
+    """
+    vars(model).pop("_cache", None)
 
 
 def own_loop(model: Any) -> Callable[..., Any]:

@@ -165,6 +165,7 @@ class Generate(Substitute):
         else:
             try:
                 if isinstance(found := self._find(), Decoder):
+                    generation.forget_unfilled_cache(model)
                     decoder = self._read(found)
                     return _loop(
                         decoder, input_ids, lengths, logits_processor, stopping_criteria, generation_config, streamer
