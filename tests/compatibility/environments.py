@@ -75,7 +75,7 @@ ENVIRONMENTS = (
     Environment("transformers", NEWEST, (*MODELS, "new types", "upstream")),
     Environment("torch", "2.14.1", MODELS, PINNED, "2.14.1"),
     Environment("torch", NEWEST, MODELS, PINNED, NEWEST),
-    Environment("peft", "0.18.1", ("contracts", "adapters"), PINNED),
+    Environment("peft", "0.19.0", ("contracts", "adapters"), PINNED),
     Environment("peft", NEWEST, ("contracts", "adapters"), PINNED),
     Environment("lm-eval[hf]", "0.4.13", ("contracts", "lm-eval")),
     Environment("lm-eval[hf]", NEWEST, ("contracts", "lm-eval")),
