@@ -174,8 +174,8 @@ def _new_types(place: Place) -> Result:
     types = [ask(python, INSIDE, "types", log=name) for python in (place.python, place.before)]
     new = sorted(set(types[0]) - set(types[1]))
     rows = ask(place.python, INSIDE, "examine", *new, log=name) if new else []
-    exact = sum("exact" in row for row in rows)
-    return Result(f"{exact} of {len(new)} exact", [f"`{row[0]}`: {'; '.join(filter(None, row[-2:]))}" for row in rows])
+    right = sum("exact" in row or "nothing folds" in row for row in rows)
+    return Result(f"{right} of {len(new)} exact, or without a norm that folds", [f"`{row[0]}`: {'; '.join(filter(None, row[-2:]))}" for row in rows])
 
 
 def _upstream(place: Place) -> Result:
