@@ -175,7 +175,8 @@ def _new_types(place: Place) -> Result:
     new = sorted(set(types[0]) - set(types[1]))
     rows = ask(place.python, INSIDE, "examine", *new, log=name) if new else []
     right = sum("exact" in row or "nothing folds" in row for row in rows)
-    return Result(f"{right} of {len(new)} exact, or without a norm that folds", [f"`{row[0]}`: {'; '.join(filter(None, row[-2:]))}" for row in rows])
+    details = [f"`{row[0]}`: {'; '.join(filter(None, row[-2:]))}" for row in rows]
+    return Result(f"{right} of {len(new)} exact, or without a norm that folds", details)
 
 
 def _upstream(place: Place) -> Result:
