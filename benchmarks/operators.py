@@ -16,7 +16,7 @@ import time
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from flashnorm.runtime import ops
+from flashnorm.cpu import ops
 
 SHAPES = ((576, 960), (2048, 2560), (4096, 6144))  # inputs, outputs
 TOKENS = (1, 16, 64, 256, 1024, 4096)

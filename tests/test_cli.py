@@ -6,28 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import tiny
 from flashnorm import cli
 from flashnorm.plan import FoldPlan
+from forked import Commands, assert_refused, forked_commands
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "flashnorm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
-def assert_refused(result: subprocess.CompletedProcess[str], words: str) -> None:
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("flashnorm: ")
-    assert words in result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.fixture(scope="module")
+def run() -> Iterator[Commands]:
+    with forked_commands({"HF_HUB_OFFLINE": "1"}) as commands:
+        yield commands
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +31,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted(source: Path) -> Path:
+def converted(run: Commands, source: Path) -> Path:
     result = run("convert", source, source.parent / "converted")
     assert (result.returncode, result.stderr) == (0, "")
     assert "5 norms folded into 11 tensors" in result.stdout
     return source.parent / "converted"
 
 
-def test_plan_needs_the_config_only(source: Path, tmp_path: Path) -> None:
+def test_plan_needs_the_config_only(run: Commands, source: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     table = run("plan", tmp_path)
     assert (table.returncode, table.stderr) == (0, "")
@@ -56,7 +51,14 @@ def test_plan_needs_the_config_only(source: Path, tmp_path: Path) -> None:
     assert (len(plan.folds), len(plan.kept)) == (5, 4)
 
 
-def test_a_tied_head_gets_a_hint(source: Path, tmp_path: Path) -> None:
+def test_plan_says_that_a_quantisation_is_declared(run: Commands, source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "The config declares quantization_config, but only the weights tell" in run("plan", tmp_path).stdout
+    assert len(FoldPlan.from_json(run("plan", tmp_path, "--json").stdout).folds) == 5
+
+
+def test_a_tied_head_gets_a_hint(run: Commands, source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "kept: tied: lm_head.weight is model.embed_tokens.weight" in run("plan", tmp_path).stdout
@@ -64,7 +66,7 @@ def test_a_tied_head_gets_a_hint(source: Path, tmp_path: Path) -> None:
     assert run("plan", tmp_path, "--untie").stdout.strip().endswith("5 folded into 11 linears, 4 kept")
 
 
-def test_verify_equal_and_different(source: Path, converted: Path) -> None:
+def test_verify_equal_and_different(run: Commands, source: Path, converted: Path) -> None:
     same = run("verify", source, converted, "--json")
     assert (same.returncode, same.stderr) == (0, "")
     assert json.loads(same.stdout)["ok"] is True
@@ -82,7 +84,7 @@ def test_verify_equal_and_different(source: Path, converted: Path) -> None:
         file.write_bytes(data)
 
 
-def test_verify_writes_a_page(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_verify_writes_a_page(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     both = run("verify", source, converted, "--weights-only", "--json", "--html", page)
     assert (both.returncode, both.stderr) == (0, "")
@@ -94,7 +96,7 @@ def test_verify_writes_a_page(source: Path, converted: Path, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_page_needs_an_extra(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_a_page_needs_an_extra(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here', name='matplotlib')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "flashnorm", "verify", source, converted, "--html", tmp_path / "report.html"]
@@ -104,7 +106,7 @@ def test_a_page_needs_an_extra(source: Path, converted: Path, tmp_path: Path) ->
     )
 
 
-def test_verify_a_converted_folder_alone(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_verify_a_converted_folder_alone(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     whole = run("verify", converted, "--weights-only")
     assert (whole.returncode, whole.stderr) == (0, "")
     assert "not known without the source" in whole.stdout
@@ -118,7 +120,7 @@ def test_verify_a_converted_folder_alone(source: Path, converted: Path, tmp_path
     assert_refused(run("verify", converted), "--weights-only")
 
 
-def test_convert_says_what_it_did_as_json(source: Path, tmp_path: Path) -> None:
+def test_convert_says_what_it_did_as_json(run: Commands, source: Path, tmp_path: Path) -> None:
     result = run("convert", source, tmp_path / "out", "--keep-norms", "--json")
     assert json.loads(result.stdout)["norms"] == 5
     assert_refused(run("convert", source, tmp_path / "out"), "--force")
@@ -145,7 +147,7 @@ def test_an_interrupt_is_not_a_traceback(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_unusable_input(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_unusable_input(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     assert_refused(run("plan", tmp_path / "nowhere"), "found nothing there")
     assert_refused(run("plan", tmp_path), "no config.json")
     assert_refused(run("convert", converted, tmp_path / "again"), "converted already")
@@ -154,13 +156,38 @@ def test_unusable_input(source: Path, converted: Path, tmp_path: Path) -> None:
     assert_refused(run("generate", converted, "Hello"), "tokenizer")
 
 
-def test_usage_errors_exit_with_2() -> None:
+def test_usage_errors_exit_with_2(run: Commands) -> None:
     assert run("convert", "one").returncode == 2
     assert run("plan", "x", "--no-such-option").returncode == 2
 
 
-def test_version_and_help() -> None:
+def test_version_and_help(run: Commands) -> None:
     assert run("--version").stdout.startswith("flashnorm ")
     helped = run("convert", "--help")
     assert helped.returncode == 0
     assert "--keep-norms" in helped.stdout
+
+
+def test_an_adapter_is_converted_and_verified(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    adapter.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (4, 64), "B": (64, 4)}
+    tensors = {name.format(half): torch.randn(shape, generator=generator) for half, shape in shapes.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    result = run("adapter", adapter, source, out, "--folded", converted)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "1 tensors have taken a gain, 1 stay as they are" in result.stdout
+    assert_refused(run("adapter", adapter, source, out), "expected nothing there yet")
+    facts = json.loads(run("adapter", adapter, source, out, "--force", "--json", "--dtype", "float64").stdout)
+    assert (facts["kind"], facts["scaled"], facts["base"]) == ("LORA", 1, f"{source}#flashnorm")
+    verified = run("verify", source, converted, "--weights-only", "--adapter", adapter, out)
+    assert verified.returncode == 0
+    assert "1 tensors are the correctly rounded product, 1 are unchanged" in verified.stdout
+    wrong = run("verify", source, converted, "--weights-only", "--json", "--adapter", adapter, adapter)
+    assert (wrong.returncode, json.loads(wrong.stdout)["ok"]) == (1, False)
+    assert_refused(run("verify", source, "--adapter", adapter, out), "expected MODEL and OUT with --adapter")
+    assert_refused(run("adapter", source, source, tmp_path / "new"), "expected an adapter's folder")

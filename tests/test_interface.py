@@ -10,7 +10,7 @@ import flashnorm
 import tiny
 
 # What runs models on fused kernels, and so asks more of Transformers than anything else.
-RUNTIME = {f"flashnorm.runtime.{name}" for name in ("optimize", "layers", "fused", "ops", "structure", "kernels")}
+CPU = {f"flashnorm.cpu.{name}" for name in ("optimize", "layers", "fused", "ops", "structure", "kernels")}
 
 
 def python(code: str, *arguments: object) -> str:
@@ -64,9 +64,28 @@ assert sys.modules["flashnorm.verify"].verify_weights is verify_weights
     assert python(before + code, source, tmp_path / "out") == "True\n"
 
 
-def test_import_is_light() -> None:
-    code = "import sys, flashnorm.cli; print({'torch', 'transformers'} & {*sys.modules})"
-    assert python(code) == "set()\n"
+HELP = """
+import sys
+from flashnorm import cli
+commands = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+helpful = [["--help"], ["--version"], *([command, "--help"] for command in commands)]
+wrong = [["nonsense"], *([command] for command in commands), *([command, "--nonsense"] for command in commands)]
+for line in (*helpful, *wrong):
+    sys.argv = ["flashnorm", *line]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert ended.code == (0 if line in helpful else cli.UNUSABLE), line
+    else:
+        assert False, line
+"""
+
+
+@pytest.mark.parametrize("code", ["import flashnorm", HELP], ids=["import", "help and wrong arguments"])
+def test_what_uses_no_model_imports_neither_torch_nor_transformers(code: str) -> None:
+    found = python(f"{code}\nimport sys; print(*sys.modules, sep='\\n')")
+    assert not {"torch", "transformers"} & {*found.split()}
+    assert "flashnorm" in found.split()
 
 
 COMMANDS = """
@@ -85,7 +104,7 @@ flashnorm.fold_, flashnorm.load  # found, though not what `load` runs at the end
 def test_runtime_is_imported_when_it_is_used(source: Path, tmp_path: Path) -> None:
     found = python(COMMANDS + "print(*sys.modules, sep='\\n')", source, tmp_path / "out").split()
     assert "flashnorm.convert" in found
-    assert not RUNTIME & {*found}
+    assert not CPU & {*found}
 
 
 def test_commands_where_the_runtime_does_not_fit(source: Path, tmp_path: Path) -> None:

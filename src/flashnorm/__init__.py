@@ -1,6 +1,6 @@
-"""FlashNorm: exact folding of norm weights into the linears that read them, for any transformers model.
+"""FlashNorm: exact folding of norm weights into the linear layers that read them, for any Transformers model.
 
-Every name is imported when it is first asked for: what does not run a model does not need what runs models.
+Each name is imported when it is first used, so that code that does not run a model does not import what runs models.
 """
 
 import importlib
@@ -8,58 +8,78 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from flashnorm.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from flashnorm.convert import ConvertResult, convert
+    from flashnorm.convert.adapter import AdapterResult, convert_adapter
+    from flashnorm.convert.dry_run import DryRun, dry_run
+    from flashnorm.convert.push import push
+    from flashnorm.cpu.optimize import optimize
     from flashnorm.errors import DifferenceError, InputError
-    from flashnorm.plan import Fold, FoldPlan, Kept, Linear
-    from flashnorm.planning import plan
-    from flashnorm.runtime.in_memory import fold_
-    from flashnorm.runtime.load import load
-    from flashnorm.runtime.optimize import optimize
-    from flashnorm.runtime.status import Status, status
+    from flashnorm.models.in_memory import fold_
+    from flashnorm.models.load import load
+    from flashnorm.models.status import Status, status
+    from flashnorm.plan import Fold, FoldPlan, Kept, Kind, Linear
+    from flashnorm.planning.planned import plan
     from flashnorm.verify import IntegrityReport, VerifyReport, verify
-
-__version__ = "0.1.0"
+    from flashnorm.verify.adapter import AdapterReport, verify_adapter
 
 __all__ = [
+    "AdapterReport",
+    "AdapterResult",
     "ConvertResult",
     "DifferenceError",
+    "DryRun",
     "Fold",
     "FoldPlan",
     "InputError",
     "IntegrityReport",
     "Kept",
+    "Kind",
     "Linear",
     "Status",
     "VerifyReport",
     "convert",
+    "convert_adapter",
+    "dry_run",
     "fold_",
     "load",
     "optimize",
     "plan",
+    "push",
     "status",
     "verify",
+    "verify_adapter",
 ]
 
-# Where each of them is.
+# Public name -> the module that defines it.
 _HOMES = {
+    "AdapterReport": "flashnorm.verify.adapter",
+    "AdapterResult": "flashnorm.convert.adapter",
     "ConvertResult": "flashnorm.convert",
     "DifferenceError": "flashnorm.errors",
+    "DryRun": "flashnorm.convert.dry_run",
     "Fold": "flashnorm.plan",
     "FoldPlan": "flashnorm.plan",
     "InputError": "flashnorm.errors",
     "IntegrityReport": "flashnorm.verify",
     "Kept": "flashnorm.plan",
+    "Kind": "flashnorm.plan",
     "Linear": "flashnorm.plan",
-    "Status": "flashnorm.runtime.status",
+    "Status": "flashnorm.models.status",
     "VerifyReport": "flashnorm.verify",
     "convert": "flashnorm.convert",
-    "fold_": "flashnorm.runtime.in_memory",
-    "load": "flashnorm.runtime.load",
-    "optimize": "flashnorm.runtime.optimize",
-    "plan": "flashnorm.planning",
-    "status": "flashnorm.runtime.status",
+    "convert_adapter": "flashnorm.convert.adapter",
+    "dry_run": "flashnorm.convert.dry_run",
+    "fold_": "flashnorm.models.in_memory",
+    "load": "flashnorm.models.load",
+    "optimize": "flashnorm.cpu.optimize",
+    "plan": "flashnorm.planning.planned",
+    "push": "flashnorm.convert.push",
+    "status": "flashnorm.models.status",
     "verify": "flashnorm.verify",
+    "verify_adapter": "flashnorm.verify.adapter",
 }
 
 
@@ -75,7 +95,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """`plan`, `convert` and `verify` are functions; Python would put the modules of these names in their places."""
+    """Keeps `plan`, `convert` and `verify` functions, which Python would replace by the modules of these names."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, types.ModuleType)):

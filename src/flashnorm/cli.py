@@ -1,6 +1,6 @@
-"""The command line: arguments in, one call, a rendered answer out.
+"""The command line: each command reads its arguments, makes one call, and prints the result.
 
-Exit status: 0 done, or verified and equal; 1 verified and found different; 2 unusable input.
+Exit status: 0: done, or verified and the same; 1: verified and different; 2: unusable input.
 """
 
 import contextlib
@@ -9,36 +9,64 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
+from typer.core import TyperCommand
 
 from flashnorm import __version__
 from flashnorm.errors import DifferenceError, InputError
-from flashnorm.plan import FoldPlan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flashnorm.convert import ConvertResult
+    from flashnorm.convert.dry_run import DryRun
+    from flashnorm.plan import FoldPlan
 
 DIFFERENT, UNUSABLE = 1, 2
 
 app = typer.Typer(
-    help="FlashNorm: fold norm weights into the linears that read them. The model stays the same.",
+    help="FlashNorm: fold norm weights into the linear layers that read them. The model stays the same.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich takes longer than everything else that the help needs
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or its id on the Hugging Face hub.")]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of the repository, if the model is given by its hub id."),
+]
+Subfolder = Annotated[
+    str, typer.Option("--subfolder", help="The model's folder inside of it, if it is not the top one.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it does not exist yet.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Untie = Annotated[
-    bool, typer.Option("--untie", help="Give a tied output head its own weight, so that its norm can fold.")
+    bool, typer.Option("--untie", help="Give a tied output head its own weight, so that the final norm can fold.")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="PATTERN",
+        help="Do not fold norms whose name fits the shell pattern (may be repeated); `final`: the last norm.",
+    ),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+class _Command(TyperCommand):
+    """A command. It imports Transformers, which takes seconds, only when it runs, and not to show its help."""
+
+    def invoke(self, ctx: Any) -> Any:
+        _quiet_transformers()
+        return super().invoke(ctx)
 
 
 @app.callback(invoke_without_command=True)
@@ -50,54 +78,107 @@ def _options(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=_Command)
 def plan(
-    model: Model, as_json: AsJson = False, untie: Untie = False, trust_remote_code: TrustRemoteCode = False
+    model: Model,
+    as_json: AsJson = False,
+    untie: Untie = False,
+    keep: Keep = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show which norms fold into what, which stay, and why. Needs config.json only."""
-    from flashnorm.planning import plan as make_plan
+    """Show which norms fold into which linear layers, which are kept, and why. Needs config.json only."""
+    from flashnorm.hub import local_folder
+    from flashnorm.plan import Kind
+    from flashnorm.planning.checks import quantizations
+    from flashnorm.planning.config import load_config
+    from flashnorm.planning.planned import plan as make_plan
 
-    result = make_plan(model, untie=untie, trust_remote_code=trust_remote_code)
+    folder = local_folder(model, revision, subfolder, config_only=True)
+    config = load_config(folder, trust_remote_code, source=model)
+    result = make_plan(folder, untie=untie, keep=keep or (), trust_remote_code=trust_remote_code)
     if as_json:
         print(result.to_json())
         return
     _print_plan(result)
-    if any(kept.reason.startswith("tied") for kept in result.kept.values()):
+    if any(kept.kind is Kind.TIED for kept in result.kept.values()):
         print("A tied head gets a weight of its own with --untie; its norm folds then.")
+    for section, _ in quantizations(config.to_dict()):
+        print(
+            f"The config declares {section}, but only the weights tell which of them are stored quantised; a norm that "
+            "one of these reads is kept. See convert --dry-run."
+        )
 
 
-@app.command()
+@app.command(cls=_Command)
 def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     keep_norms: Annotated[
-        bool, typer.Option("--keep-norms", help="Keep folded norms as tensors of ones, for runtimes that want them.")
+        bool,
+        typer.Option("--keep-norms", help="Keep folded norms at their identity value, for runtimes that need them."),
     ] = False,
     untie: Untie = False,
+    keep: Keep = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUT if it exists and convert wrote all of it.")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Verify OUT before it appears; its model card says what was found.")
     ] = False,
+    look: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would be done. Reads headers and norms, on the hub as well."),
+    ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Then upload OUT to this repository, as `push` does."),
+    ] = None,
+    private: Private = False,
     as_json: AsJson = False,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the FlashNorm version of a checkpoint. An interrupted run continues when it is repeated.
 
-    With --verify, exit status 1 if it is not the same model; OUT stays as it was then.
+    With --verify, the exit status is 1 if the result is not the same model; OUT then stays as it was.
     """
+    from rich.filesize import decimal
+
     from flashnorm.convert import convert as run
     from flashnorm.progress import progress_bar
 
+    if look:
+        from flashnorm.convert.dry_run import dry_run
+
+        found = dry_run(
+            model,
+            out,
+            revision=revision,
+            subfolder=subfolder,
+            keep_norms=keep_norms,
+            untie=untie,
+            keep=keep or (),
+            force=force,
+            trust_remote_code=trust_remote_code,
+        )
+        print(found.to_json()) if as_json else _print_dry_run(found)
+        return
     with progress_bar("converting") as bar:
         result = run(
             model,
             out,
+            revision=revision,
+            subfolder=subfolder,
             keep_norms=keep_norms,
             untie=untie,
+            keep=keep or (),
             force=force,
             verify=verify,
+            push_to_hub=push_to_hub,
+            private=private or None,
             trust_remote_code=trust_remote_code,
             progress=bar.bytes,
             stage=bar.stage,
@@ -121,11 +202,92 @@ def convert(
     for row in result.plan.rows():
         if row.kept:
             print(f"{row.norm} ({row.count}) {row.what}")
+    _print_remarks(result)
     if report is not None:
         _console().print(report, highlight=False)
+    if result.pushed is not None:
+        print(f"uploaded to {result.pushed}")
 
 
-@app.command()
+@app.command(cls=_Command)
+def push(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that `convert` wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="The repository's id on the Hugging Face hub.")],
+    private: Private = False,
+) -> None:
+    """Upload a folder that `convert` wrote, unchanged, to the Hugging Face hub.
+
+    If an upload broke, this sends what is missing.
+    """
+    from flashnorm.convert.push import push as run
+
+    print(f"uploaded to {run(out, repository, private=private or None)}")
+
+
+@app.command(cls=_Command)
+def adapter(
+    original: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter of MODEL (PEFT): its folder, or its hub id.")
+    ],
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT_ADAPTER", help="The folder to write.")],
+    folded: Annotated[
+        str | None,
+        typer.Option(
+            "--folded",
+            metavar="OUT",
+            help="The FlashNorm version of MODEL, to follow what its conversion did. Without it: `convert` with the "
+            "same --untie and --keep made it.",
+        ),
+    ] = None,
+    untie: Untie = False,
+    keep: Keep = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32 or float64: write the adapter in this wider dtype.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT_ADAPTER if it exists and flashnorm wrote all of it.")
+    ] = False,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
+    adapter_revision: Annotated[
+        str | None, typer.Option("--adapter-revision", help="As --revision, for ADAPTER.")
+    ] = None,
+    adapter_subfolder: Annotated[str, typer.Option("--adapter-subfolder", help="As --subfolder, for ADAPTER.")] = "",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write the version of an adapter that fits MODEL's FlashNorm version. Reads MODEL's headers and norms."""
+    from flashnorm.convert.adapter import convert_adapter
+
+    result = convert_adapter(
+        original,
+        model,
+        out,
+        folded=folded,
+        revision=revision,
+        subfolder=subfolder,
+        adapter_revision=adapter_revision,
+        adapter_subfolder=adapter_subfolder,
+        untie=untie,
+        keep=keep or (),
+        dtype=dtype,
+        force=force,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        print(json.dumps(asdict(result) | {"target": str(result.target)}, indent=1))
+        return
+    corrected = f", {result.corrected} corrected" if result.corrected else ""
+    print(
+        f"{out}: {result.kind} for {result.base}; {result.scaled} tensors have taken a gain{corrected}, "
+        f"{result.unchanged} stay as they are"
+    )
+    if result.left_out:
+        print(f"left out, as it does not belong to the adapter: {_listed(result.left_out)}")
+
+
+@app.command(cls=_Command)
 def verify(
     model: Model,
     out: Annotated[
@@ -139,14 +301,30 @@ def verify(
     text: Annotated[Path | None, typer.Option("--text", help="A text file to compare the outputs on.")] = None,
     as_json: AsJson = False,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as a page, too.")
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as an HTML page.")
     ] = None,
+    adapters: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="ADAPTER OUT_ADAPTER",
+            help="Check instead that OUT with OUT_ADAPTER, made by `adapter`, is MODEL with ADAPTER.",
+        ),
+    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check a conversion: weights bit for bit, outputs against a float64 oracle. Exit status 1 if they differ.
+    """Check that a conversion is the same model.
 
+    Weights are compared bit for bit, outputs with a reference run in float64. The exit status is 1 if they differ.
     A converted folder alone is checked against its manifest and its model's code.
     """
+    if adapters is not None:
+        if out is None or html is not None:
+            raise InputError("expected MODEL and OUT with --adapter, and no --html, found other arguments")
+        _verify_adapter(model, out, *adapters, weights_only, text, as_json, revision, subfolder, trust_remote_code)
+        return
     from flashnorm.progress import progress_bar
     from flashnorm.verify import verify as run
     from flashnorm.verify.page import check_page, write_page
@@ -157,6 +335,8 @@ def verify(
         report = run(
             model,
             out,
+            revision=revision,
+            subfolder=subfolder,
             weights_only=weights_only,
             text=text,
             progress=bar.bytes,
@@ -173,24 +353,63 @@ def verify(
         raise typer.Exit(DIFFERENT)
 
 
-@app.command()
+def _verify_adapter(
+    model: str,
+    out: Path,
+    adapter: str,
+    out_adapter: str,
+    weights_only: bool,
+    text: Path | None,
+    as_json: bool,
+    revision: str | None,
+    subfolder: str,
+    trust_remote_code: bool,
+) -> None:
+    from flashnorm.progress import progress_bar
+    from flashnorm.verify.adapter import verify_adapter
+
+    with progress_bar("comparing adapters") as bar:
+        report = verify_adapter(
+            model,
+            out,
+            adapter,
+            out_adapter,
+            revision=revision,
+            subfolder=subfolder,
+            weights_only=weights_only,
+            text=text,
+            progress=bar.bytes,
+            stage=bar.stage,
+            trust_remote_code=trust_remote_code,
+        )
+    if as_json:
+        print(report.to_json())
+    else:
+        _console().print(report, highlight=False)
+    if not report.ok:
+        raise typer.Exit(DIFFERENT)
+
+
+@app.command(cls=_Command)
 def generate(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A FlashNorm checkpoint: a folder or a hub id.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens at most.")] = 100,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue a text, greedily, and print it as it comes."""
+    """Continue a text by greedy decoding, and print it as it is generated."""
     from transformers import TextStreamer
 
-    from flashnorm.runtime.load import load, load_tokenizer
-    from flashnorm.runtime.status import status
+    from flashnorm.models.load import load, load_tokenizer
+    from flashnorm.models.status import status
 
     with _remarks():
-        model: Any = load(out, trust_remote_code=trust_remote_code)
+        model: Any = load(out, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
     if (runs := status(model)).generate is not None:
         print(f"flashnorm: the model runs {runs.in_words}", file=sys.stderr)
-    tokenizer = load_tokenizer(out, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(out, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise InputError(f"expected a prompt of at least one token, found {prompt!r}")
@@ -199,23 +418,28 @@ def generate(
         model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
 
-@app.command("status")
+@app.command("status", cls=_Command)
 def show_status(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A FlashNorm checkpoint: a folder or a hub id.")],
     as_json: AsJson = False,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say what a checkpoint is, what of it runs on the fused kernels here, and why the rest does not."""
-    from flashnorm.runtime.status import folder_status
+    """Say what a checkpoint is, and which parts of its model run on the fused kernels.
+
+    For the other parts, it says why they do not.
+    """
+    from flashnorm.models.status import folder_status
 
     with _remarks():
-        found = folder_status(out, trust_remote_code=trust_remote_code)
+        found = folder_status(out, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
     print(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 
 @contextlib.contextmanager
 def _remarks() -> Iterator[None]:
-    """Warnings, and what the runtime logs, go to standard error as our own."""
+    """Print the warnings of the block on standard error as messages of flashnorm."""
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -227,7 +451,6 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        _quiet_transformers()
         try:
             sys.exit(app(standalone_mode=True))
         finally:
@@ -239,7 +462,7 @@ def main() -> NoReturn:
         _console().print(error.report, highlight=False)
         sys.exit(DIFFERENT)
     except OSError as error:
-        # Files have messages of their own: this is standard output. What is left for it goes nowhere.
+        # Errors of files are reported elsewhere, so this one is of standard output. Discard what is left for it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"flashnorm: the output cannot be written ({error.strerror or error})", file=sys.stderr)
         sys.exit(UNUSABLE)
@@ -247,12 +470,12 @@ def main() -> NoReturn:
         print("flashnorm: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
-        # All is done; while Python ends, an exception would be printed from wherever it is.
+        # All work is done. While Python exits, the handler's exception would only be printed as a traceback.
         signal.signal(signal.SIGTERM, before)
 
 
 def _quiet_transformers() -> None:
-    """Our own messages say what there is to say; progress is for terminals."""
+    """Turn off Transformers' log messages, which FlashNorm's own replace, and its progress bars off a terminal."""
     from transformers import logging
 
     logging.set_verbosity_error()
@@ -260,13 +483,48 @@ def _quiet_transformers() -> None:
         logging.disable_progress_bar()
 
 
-def _console() -> Console:
-    """Standard output; where that is no terminal, wide enough for a table row to stay on one line mostly."""
+def _console() -> "Console":
+    """A console for standard output; if that is no terminal, it is wide enough for most table rows."""
+    from rich.console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
 
-def _print_plan(plan: FoldPlan) -> None:
+def _print_remarks(found: "ConvertResult | DryRun") -> None:
+    for remark in found.remarks:
+        print(remark)
+    if found.left_out:
+        print(f"left out, as it does not belong to the model: {_listed(found.left_out)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """File names in a line. A name may hold anything, also what a terminal acts on."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names)
+
+
+def _print_dry_run(found: "DryRun") -> None:
+    from rich.filesize import decimal
+
+    _print_plan(found.plan)
+    for norm, why in found.undecided.items():
+        print(f"{norm} may be kept: {why}; only the conversion tells")
+    files = f"{len(found.written)} file{'s' if len(found.written) > 1 else ''}"
+    print(
+        f"would fold {len(found.plan.folds)} norms into {found.linears} tensors, read {decimal(found.bytes_read)}, and "
+        f"write {files} of weights and {len(found.copied)} copied files to {found.target}: {decimal(found.needed)}, of "
+        f"{decimal(found.free)} that are free"
+    )
+    if found.copied:
+        print(f"copied: {_listed(found.copied)}")
+    _print_remarks(found)
+    print("nothing was written")
+
+
+def _print_plan(plan: "FoldPlan") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table("norm", "count", "gain", "what happens", caption=plan.summary(), caption_justify="left")
     for row in plan.rows():
         table.add_row(*map(Text, (row.norm, str(row.count), row.gain, row.what)))

@@ -1,31 +1,28 @@
-"""What goes wrong: the input cannot be used, and here is what to do about it; or a result is not what it must be."""
+"""The errors that FlashNorm raises on purpose: unusable input, and a conversion that is not the same model."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from flashnorm.verify.report import VerifyReport
+from typing import Any
 
 
 class InputError(Exception):
-    """Unusable input. Its message says what was expected, what was found, in which file, and what to do.
+    """Unusable input. The message says what was expected, what was found, in which file, and what to do.
 
     The command line prints the message alone and exits with status 2.
     """
 
 
 class DifferenceError(Exception):
-    """A conversion that was verified before it was published, and is not the same model. Nothing was published.
+    """A conversion was verified before it was published and is not the same model. Nothing was published.
 
     Attributes:
-        report: what was compared, and what is wrong.
+        report: the `VerifyReport`, which says what was compared and what is wrong.
     """
 
-    def __init__(self, report: "VerifyReport") -> None:
-        super().__init__(report.verdict)
+    def __init__(self, verdict: str, report: Any) -> None:
+        super().__init__(verdict)
         self.report = report
 
 
 def brief(error: Exception, limit: int = 300) -> str:
-    """Another library's message on one line, at most `limit` characters of it, for the end of ours."""
+    """Another library's message on one line, cut to `limit` characters, to put at the end of a message."""
     words = " ".join(str(error).split())
     return words if len(words) <= limit else words[: limit - 3] + "..."

@@ -1,15 +1,17 @@
-"""What folds into what, what stays, and why: data only, JSON in and out, a readable table.
+"""The plan: which norm folds into which linear layers, which norms are kept, and why. Data, JSON, and a table.
 
-* Names are module parameters, as `model.named_parameters()` gives them; `checkpoint/names.py` knows the files' names.
+* Names are module parameters, as `model.named_parameters()` gives them; `planning/names.py` maps them to tensor names.
 * A fold is the identity `W (g * x) = (W diag(g)) x` (FlashNorm, proposition 1), with `g = offset + weight`.
-* Nothing here looks at a model: `trace/` makes plans, everything else reads them.
+* Nothing here reads a model: `trace/` makes plans, and everything else reads plans.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from flashnorm.errors import InputError
@@ -21,14 +23,14 @@ Segments = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight that takes a gain.
+    """A linear layer's weight that takes a gain.
 
     Attributes:
-        name: the module parameter.
+        name: the name of the module parameter.
         axis: the axis of the parameter that is contracted with the norm's output (1 for `nn.Linear`, 0 for `Conv1D`).
         segments: `(axis_start, gain_start, length)` runs: channel `axis_start + i` takes gain `gain_start + i`.
-            Channels in no run are left alone. Empty means the plain case: every channel `i` takes gain `i`.
-        bias: the bias of this linear, `c`, if it takes the norm's bias: `c + W beta` (identity of a norm bias).
+            Channels in no run do not change. Empty: channel `i` takes gain `i`.
+        bias: the name of the layer's bias `c` if it takes the norm's bias `beta`, and so becomes `c + W beta`; or None.
     """
 
     name: str
@@ -39,14 +41,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fold:
-    """A norm weight that leaves the model, and the linears that take it.
+    """A norm weight that is removed, and the linear layers that take its gain.
 
     Attributes:
-        norm: the norm's weight `w`; its gain is `offset + w`, and its identity value is `1 - offset`.
-        offset: 0.0 (Llama: gain is `w`) or 1.0 (Gemma: gain is `1 + w`).
-        linears: every weight that reads the norm's output.
-        bias: the norm's own bias `beta` (LayerNorm, DyT), or None. If every linear has a bias to take it, it leaves the
-            model; else it stays, divided by the gain: `W (g * x + beta) = (W diag(g)) (x + beta / g)`.
+        norm: the name of the norm's weight `w`. Its gain is `offset + w`, and its identity value is `1 - offset`.
+        offset: 0.0 (Llama: the gain is `w`) or 1.0 (Gemma: the gain is `1 + w`).
+        linears: the weight of every linear layer that reads the norm's output.
+        bias: the name of the norm's own bias `beta` (LayerNorm, DyT), or None. If every linear layer has a bias that
+            takes it, the norm's bias is removed. Otherwise it is kept and divided by the gain:
+            `W (g * x + beta) = (W diag(g)) (x + beta / g)`.
     """
 
     norm: str
@@ -61,37 +64,68 @@ class Fold:
 
     @property
     def bias_leaves(self) -> bool:
-        """Whether the norm's bias leaves the model as well."""
+        """Whether the norm's bias is removed as well."""
         return self.bias is not None and all(linear.bias is not None for linear in self.linears)
 
     @property
     def bias_stays(self) -> bool:
-        """Whether the norm has a bias that stays, divided by the gain."""
+        """Whether the norm has a bias that is kept, divided by the gain."""
         return self.bias is not None and not self.bias_leaves
 
     @property
     def leaving(self) -> dict[str, float]:
-        """The parameters that leave the model, each with the value at which it has no effect."""
+        """The norm's parameters that are removed -> the value at which each has no effect."""
         return {self.norm: self.identity} | ({self.bias: 0.0} if self.bias_leaves and self.bias else {})
+
+
+class Kind(str, Enum):
+    """Why a norm is kept, for programs. `Kept.reason` says more, in words that may change between releases."""
+
+    UNKNOWN = "unknown"  # folding may be possible: an operator has no rule, or the trace did not reach the code
+    STOPPED = "stopped"  # folding is impossible: no gain passes an operator, or the model returns the norm's output
+    SHARED = "shared"  # the weight that would take the gain, or the norm's own weight, has another use
+    TIED = "tied"  # the weight that would take the gain is tied to another one: --untie may help
+    UNREAD = "unread"  # nothing reads the norm
+    QUANTISED = "quantised"  # the weight that would take the gain is stored quantised: it takes no exact gain
+    VALUES = "values"  # the values of weights and gains do not allow an exact fold (a product overflows, say)
+    ASKED = "asked"  # the caller asked for it
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Why a norm weight stays: the operator that stopped it, and where in the model (module path, file and line)."""
+    """Why a norm is kept.
+
+    Attributes:
+        reason: the reason in words.
+        operator: the operator that stopped the gain, if there is one.
+        where: the place in the model: module path, file and line.
+        kind: the reason for programs; None in a plan from a manifest, which does not store it.
+    """
 
     reason: str
     operator: str | None = None
     where: str | None = None
+    kind: Kind | None = Kind.ASKED
+
+    def to_dict(self) -> dict[str, str | None]:
+        """As plain JSON values."""
+        return dataclasses.asdict(self) | {"kind": self.kind and self.kind.value}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Kept":
+        """Read back what `to_dict` gives."""
+        kind = data.get("kind")
+        return Kept(**{**data, "kind": None if kind is None else Kind(kind)})
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """Which norm folds into which linears, which norm is kept and why. Immutable.
+    """Which norm folds into which linear layers, and which norms are kept and why. Immutable.
 
     Attributes:
         model_type: `config.model_type`, or the class name of a plain module.
-        folds: in the order in which the model uses the norms.
-        kept: norm weight -> reason.
+        folds: the folds, in the order in which the model uses the norms.
+        kept: name of a norm's weight -> why it is kept.
     """
 
     model_type: str
@@ -122,8 +156,12 @@ class FoldPlan:
                 }
                 for fold in self.folds
             ],
-            "kept": {name: dataclasses.asdict(kept) for name, kept in self.kept.items()},
+            "kept": {name: kept.to_dict() for name, kept in self.kept.items()},
         }
+
+    def folds_hash(self) -> str:
+        """SHA-256 of the folds, in hexadecimal: what an adapter for the folded model depends on."""
+        return hashlib.sha256(json.dumps(self.to_dict()["folds"], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The plan as JSON text; `FoldPlan.from_json` reads it back."""
@@ -151,7 +189,7 @@ class FoldPlan:
                 )
                 for fold in data["folds"]
             )
-            kept = {str(name): Kept(**reason) for name, reason in data["kept"].items()}
+            kept = {str(name): Kept.from_dict(reason) for name, reason in data["kept"].items()}
             return FoldPlan(model_type=str(data["model_type"]), folds=folds, kept=kept)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"expected a fold plan, found something else ({type(error).__name__}: {error})") from error
@@ -165,8 +203,13 @@ class FoldPlan:
             raise InputError(f"expected a fold plan as JSON, found text that is not JSON ({error})") from error
         return FoldPlan.from_dict(data)
 
+    def why_kept(self) -> str:
+        """The end of a message that says why norms are kept; empty if none is."""
+        reasons = list(dict.fromkeys(kept.reason for kept in self.kept.values()))
+        return f"; why norms stay: {'; '.join(reasons[:5])}" if reasons else ""
+
     def rows(self) -> list["PlanRow"]:
-        """The plan as table rows; what repeats over layers is one row."""
+        """The plan as rows of a table; what is the same in several layers is one row."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for fold in self.folds:
             into = ", ".join(_merge_numbers(f"{linear.name} (axis {linear.axis})" for linear in fold.linears))
@@ -183,7 +226,7 @@ class FoldPlan:
         ]
 
     def summary(self) -> str:
-        """One line: how many norms, folded and kept."""
+        """One line that says how many norms there are, how many are folded, and how many are kept."""
         linears = {linear.name for fold in self.folds for linear in fold.linears}
         return (
             f"{self.model_type}: {self.norms} norms, {len(self.folds)} folded into {len(linears)} linears, "
@@ -193,7 +236,7 @@ class FoldPlan:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A row of the plan's table: a norm (`*` for a layer number), how often, its gain's form, what happens to it."""
+    """A row of the table: a norm (`*` for a layer number), how many there are, the form of the gain, what happens."""
 
     norm: str
     count: int
@@ -202,7 +245,7 @@ class PlanRow:
 
     @property
     def kept(self) -> bool:
-        """Whether the norm stays; it has no gain to show then."""
+        """Whether the norm is kept; a kept norm's row shows no gain."""
         return not self.gain
 
 
@@ -233,5 +276,5 @@ def _pattern(name: str) -> str:
 
 
 def _merge_numbers(names: Iterable[str]) -> list[str]:
-    """Names with their inner numbers starred, each once: the experts of a layer are one entry."""
+    """Names with `*` for their numbers, without repetition, so that the experts of a layer are one entry."""
     return list(dict.fromkeys(_pattern(name) for name in names))

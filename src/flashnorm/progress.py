@@ -1,4 +1,4 @@
-"""Progress of work that takes a while: bytes done, rate and time left, on stderr, and only on a terminal."""
+"""Progress bars for long work: bytes done, rate and time left, on standard error, and only on a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 class Reporter(NamedTuple):
-    """What running work calls.
+    """The functions by which running work reports its progress.
 
     Attributes:
-        bytes: with the bytes done so far, and in all.
-        stage: with a few words, when something begins whose length is not known.
+        bytes: called with the bytes done so far and in total.
+        stage: called with a few words when work of unknown length begins.
     """
 
     bytes: Callable[[int, int], object]
@@ -22,7 +22,7 @@ class Reporter(NamedTuple):
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Reporter]:
-    """Show a bar while the block runs. `label` says what is going on, in a word or two."""
+    """Show a progress bar while the block runs. `label` says what is done, in a word or two."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -9,9 +9,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from architectures.configs import VOCABULARY, tiny_config
-from flashnorm.trace.models import model_class
+from flashnorm.trace.build import model_class
 
 LARGEST = 60_000_000  # parameters; more is not tiny, and takes too long
+
+
+class TooLargeError(ValueError):
+    """A model that should be tiny is not."""
 
 
 def model_types() -> list[str]:
@@ -29,16 +33,18 @@ def random_model(of_class: type[PreTrainedModel], config: PretrainedConfig, larg
     """A model in float64 with random weights; gains are far from one, some of them negative.
 
     Raises:
-        ValueError: it is not tiny.
+        TooLargeError: it is not tiny.
     """
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in of_class._from_config(config).parameters())
     if size > largest:
-        raise ValueError(f"{size} parameters in what should be tiny")
+        raise TooLargeError(f"{size} parameters in what should be tiny")
     model = of_class._from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name in (model._keys_to_ignore_on_save or ()):  # transformers makes it when it loads a model, always so
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             # Short numbers: their products are exact in float32 as well, which some models insist on for some weights.
             parameter.copy_((0.7 + 0.5 * noise if parameter.dim() == 1 else 0.2 * noise).bfloat16())

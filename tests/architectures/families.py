@@ -18,9 +18,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from architectures.causal import random_model
-from architectures.configs import VOCABULARY, _shrink, tiny_config
-from flashnorm.trace.inputs import Call, example_calls
+from architectures.causal import TooLargeError, random_model
+from architectures.configs import PARTS, VOCABULARY, shrunk
+from flashnorm.trace.inputs import ExampleCall, example_calls
 from flashnorm.trace.tracer import _tensors_in
 
 Names = Mapping[str, Any]  # model type -> the name of its class, or several
@@ -38,13 +38,15 @@ FAMILIES["plain"] = {
 }
 
 # Where a config has such a field: four by four patches, which can be merged.
-EVERYWHERE: dict[str, Any] = {"image_size": 64, "patch_size": 16, "max_source_positions": 32}
+EVERYWHERE: dict[str, Any] = {"image_size": 64, "patch_size": 16, "image_embedding_size": 4, "max_source_positions": 32}
 # Type, also of a nested config -> fields that `tiny_config` leaves too large, or wrong.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "blip-2": {"image_token_index": 100},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
+    "edgetam_prompt_encoder": {"patch_size": 8},  # the backbone's last stage
+    "edgetam_vision_model": {"backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]},
     "gemma3": {"mm_tokens_per_image": 4},
     "llama4_vision_model": {"intermediate_size": 256, "projector_input_dim": 64, "projector_output_dim": 64},
     "llava_next": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
@@ -56,7 +58,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_vl_vision": {"embed_dim": 64, "mlp_ratio": 2},
     "siglip_text_model": {"projection_size": 64},
     "siglip2_text_model": {"projection_size": 64},
+    "mobilevitv2": {"patch_size": 2},
+    "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "pp_ocrv5_mobile_rec": {"image_size": 128},
+    "seggpt": {"image_size": [128, 64]},  # two images, one above the other
     "shieldgemma2": {"mm_tokens_per_image": 4},
+    "t5gemma2_text": {"dropout_rate": 0.0},  # as the whole model's config sets it
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layers": [-1, -2]},
 }
@@ -66,6 +74,11 @@ LEFT_OUT = {
     "encodec": "an LSTM, whose steps are traced one by one, takes minutes; it has no norms by default",
     "vibevoice": "its proof takes more than 10 GB",
 }
+# Widths that are in no table are divided until the model is small enough; of these types more, as other sizes want it.
+DIVISORS = dict.fromkeys(
+    ["edgetam", "sam2", "sam2_hiera_det_model", "sam2_vision_model", "sam3", "sam3_lite_text", "sam3_tracker"], 4
+)
+MOST_DIVISOR = 32
 LARGEST = 12_000_000  # parameters; vision and audio models run on many more positions than language models here
 CACHES = {"past_key_values", "cache_params", "cache"}  # fields of what a forward returns; the last name is that of 5.24
 _PLACEHOLDERS = re.compile(r"(image|video|audio|vision|speech|media|img)(_\w+)?_token_(id|index)|_?image_token_id")
@@ -77,14 +90,15 @@ def model_types(family: str) -> list[str]:
     return sorted(FAMILIES[family])
 
 
-def tiny(family: str, model_type: str) -> PretrainedConfig:
-    """A small config of a type. Raises whatever the type's config class raises."""
+def tiny(family: str, model_type: str, divisor: int = 1) -> PretrainedConfig:
+    """A small config of a type, see `shrunk`. Raises whatever the type's config class raises."""
+    config_class = CONFIG_MAPPING[PARTS.get(model_type, model_type)]
+    default = config_class().to_dict()
+    small = shrunk(default, divisor)
     try:
-        config = tiny_config(model_type)
+        config = config_class(**small)
     except Exception:  # one size is no list of sizes: they stay as they are
-        config_class = CONFIG_MAPPING[model_type]
-        default = config_class().to_dict()
-        config = config_class(**_with_lists(default, _shrink(default, {})))
+        config = config_class(**_with_lists(default, small))
     _override(config, iter(range(VOCABULARY - 1, 0, -1)))
     if family == "masked-lm":
         config.is_decoder = False
@@ -99,22 +113,27 @@ def _with_lists(default: dict[str, Any], small: dict[str, Any]) -> dict[str, Any
         old = default.get(field)
         if isinstance(value, dict) and isinstance(old, dict):
             kept[field] = _with_lists(old, value)
-        elif isinstance(old, (list, tuple)) and not isinstance(value, (list, tuple)):
+        elif isinstance(old, (list, tuple)) and isinstance(value, int):
             kept[field] = old
     return kept
 
 
 def _override(config: PretrainedConfig, placeholders: Iterator[int]) -> None:
     for field, value in EVERYWHERE.items():
-        if (old := getattr(config, field, None)) is not None:
+        old = getattr(config, field, None)
+        if field == "patch_size" and hasattr(config, "depths"):
+            continue  # each stage merges patches, so that they begin small
+        if old is not None:
             setattr(config, field, [value] * len(old) if isinstance(old, (list, tuple)) else value)
     for field, value in OVERRIDES.get(config.model_type, {}).items():
         setattr(config, field, value)
     rope = getattr(config, "rope_parameters", None) or {}
-    has_heads = getattr(config, "num_attention_heads", None) is not None
+    by_layer = getattr(config, "per_layer_attributes", None) or ()
+    has_heads = "num_attention_heads" not in by_layer and getattr(config, "num_attention_heads", None) is not None
     if "rope_theta" in rope and has_heads:  # if it has sections, their default is in the model's code
         half = int(rope.get("partial_rotary_factor", 1) * _head_dim(config)) // 2
-        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+        equal = 3 * half // 8  # the first two, as some models want it
+        rope["mrope_section"] = [equal, equal, half - 2 * equal]
     for field, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             _override(value, placeholders)
@@ -136,7 +155,14 @@ def build(family: str, model_type: str) -> PreTrainedModel:
     """A tiny model of a type, see `random_model`. Raises whatever the type's classes raise."""
     if model_type in LEFT_OUT:
         raise ValueError(LEFT_OUT[model_type])
-    return random_model(model_class(family, model_type), tiny(family, model_type), LARGEST)
+    divisor = DIVISORS.get(model_type, 1)
+    while True:
+        try:
+            return random_model(model_class(family, model_type), tiny(family, model_type, divisor), LARGEST)
+        except TooLargeError:
+            if divisor == MOST_DIVISOR:
+                raise
+            divisor *= 2
 
 
 def run(model: PreTrainedModel, seed: int = 1) -> Tensor:
@@ -145,7 +171,7 @@ def run(model: PreTrainedModel, seed: int = 1) -> Tensor:
 
 
 def runs(model: PreTrainedModel, seed: int = 1) -> list[tuple[str, Any]]:
-    """Call, and what it returned. The forward with images among the tokens is "inserted".
+    """ExampleCall, and what it returned. The forward with images among the tokens is "inserted".
 
     Raises:
         Exception: the forward does not work with any of its inputs.
@@ -170,7 +196,7 @@ def runs(model: PreTrainedModel, seed: int = 1) -> list[tuple[str, Any]]:
     return done
 
 
-def _first_that_works(model: PreTrainedModel, call: Call, seed: int) -> tuple[dict[str, Any], Any]:
+def _first_that_works(model: PreTrainedModel, call: ExampleCall, seed: int) -> tuple[dict[str, Any], Any]:
     errors: list[Exception] = []
     for alternative in call.alternatives:
         arguments = real(model, alternative, seed)
@@ -192,7 +218,10 @@ def real(model: PreTrainedModel, arguments: Mapping[str, Any], seed: int = 1) ->
         if not isinstance(value, Tensor) or not value.is_meta:
             return value
         if value.dtype.is_floating_point:
-            return torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            numbers = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            if name == "flattened_patches":
+                numbers[..., :2] = numbers[..., :2].abs().floor()  # a row and a column
+            return numbers
         if name.endswith("_ids"):
             return torch.randint(3, max(4, min(_ORDINARY, vocabulary)), value.shape, generator=generator)
         return torch.ones(value.shape, dtype=value.dtype)

@@ -20,7 +20,9 @@ import torch
 import transformers
 
 import flashnorm
-from flashnorm.trace.models import load_config, meta_model
+from flashnorm.plan import Kept, Kind
+from flashnorm.planning.config import load_config
+from flashnorm.trace.build import meta_model
 
 FOLDER = Path(__file__).with_suffix("")
 
@@ -44,6 +46,7 @@ class Published:
         norms: how many norm weights the language model has.
         folded: how many of them fold.
         kept: why the others stay -> how many.
+        unknown: how many of these stay for want of a rule.
         linears: how many weights take a gain.
         tower_norms: how many norm weights the towers have, as far as they were traced.
         seconds: of one core, to build the model on the meta device and to plan it.
@@ -55,6 +58,7 @@ class Published:
     norms: int
     folded: int
     kept: dict[str, int]
+    unknown: int
     linears: int
     tower_norms: int
     seconds: float
@@ -77,16 +81,18 @@ def plan_published(path: Path) -> Published:
     plan = flashnorm.plan(model)
     seconds = time.process_time() - start
     folds = [fold for fold in plan.folds if not _TOWER.search(fold.norm)]
-    kept = {norm: _short(why.reason) for norm, why in plan.kept.items() if not _TOWER.search(norm)}
+    others = {norm: why for norm, why in plan.kept.items() if not _TOWER.search(norm)}
+    kept = Counter(_short(why) for why in others.values())
     return Published(
         name=_name(path),
         model_type=plan.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        norms=len(folds) + len(kept),
+        norms=len(folds) + len(others),
         folded=len(folds),
-        kept=dict(Counter(kept.values())),
+        kept=dict(kept),
+        unknown=sum(why.kind is Kind.UNKNOWN for why in others.values()),
         linears=len({linear.name for fold in folds for linear in fold.linears}),
-        tower_norms=plan.norms - len(folds) - len(kept),
+        tower_norms=plan.norms - len(folds) - len(others),
         seconds=seconds,
     )
 
@@ -116,9 +122,9 @@ def _name(path: Path) -> str:
     return path.stem.replace("--", "/")
 
 
-def _short(reason: str) -> str:
+def _short(kept: Kept) -> str:
     """A reason that is the same in every layer, and in every model with a tied output head."""
-    return "tied" if reason.startswith("tied:") else re.sub(r"\.\d+\.", ".*.", reason)
+    return "tied" if kept.kind is Kind.TIED else re.sub(r"\.\d+\.", ".*.", kept.reason)
 
 
 def main() -> None:

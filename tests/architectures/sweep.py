@@ -6,6 +6,7 @@
 * `make architectures` writes `docs/architectures.md`; a test compares the two.
 """
 
+import argparse
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ import flashnorm
 from architectures import causal, families, published
 from architectures.proof import prove
 from flashnorm.errors import InputError, brief
-from flashnorm.plan import FoldPlan
-from flashnorm.trace.planner import plan_of
+from flashnorm.plan import FoldPlan, Kept, Kind
+from flashnorm.trace.planner import trace
+from flashnorm.trace.tracer import Tracer
 from flashnorm.verify.float64 import float64_everywhere
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -147,20 +149,25 @@ def examine(name: str, model_type: str) -> Row:
     except Exception as error:
         return Row(model_type, note=_what(error))
     row = Row(model_type, status=GAP)
+    # The model in memory is planned, and folded at the end. Nothing changes it between, so that it is traced once.
+    trace_of = cache(trace)
     try:
-        plan = flashnorm.plan(model)
+        with patch("flashnorm.planning.planned.trace", trace_of):
+            plan = flashnorm.plan(model)
         row = replace(
             row,
             norms=plan.norms,
             folded=len(plan.folds),
-            kept=dict(Counter(_short(kept.reason) for kept in plan.kept.values())),
+            kept=dict(Counter(_why(kept) for kept in plan.kept.values())),
         )
         proofs = prove(model, plan, family.run)
         row = replace(row, proven=sum(proof.verdict in PROVEN for proof in proofs.values()))
-        with patch("flashnorm.planning.plan_of", _plan_once({})):
-            forms, error = _round_trips(family, model, plan)
+        with patch("flashnorm.planning.planned.trace", _trace_once({})):
+            forms, error = _round_trips(family, model, plan, before)
         if plan.folds:
-            error = max(error, difference(before, outputs(family, flashnorm.fold_(model))))
+            with patch("flashnorm.models.in_memory.trace", trace_of):
+                folded = flashnorm.fold_(model)
+            error = max(error, difference(before, outputs(family, folded)))
     except Exception as problem:
         return replace(row, note=_what(problem))
     row = replace(row, forms=tuple(forms), error=error if forms else None)
@@ -172,32 +179,35 @@ def examine(name: str, model_type: str) -> Row:
     return replace(row, status=EXACT if forms else NOTHING)
 
 
-def _plan_once(plans: dict[str, FoldPlan]) -> Callable[[PreTrainedModel], FoldPlan]:
-    """`plan_of`, whose answer for a config is kept: the forms are planned again and again, to convert, verify, load."""
+def _trace_once(traces: dict[str, Tracer]) -> Callable[[PreTrainedModel], Tracer]:
+    """`trace`, whose answer for a config is kept: the forms are planned again and again, to convert, verify, load."""
 
-    def plan_once(model: PreTrainedModel, inputs: Any = None) -> FoldPlan:
+    def trace_once(model: PreTrainedModel, inputs: Any = None) -> Tracer:
         config = model.config.to_json_string()
-        if config not in plans:
-            plans[config] = plan_of(model, inputs)
-        return plans[config]
+        if config not in traces:
+            traces[config] = trace(model, inputs)
+        return traces[config]
 
-    return plan_once
+    return trace_once
 
 
-def _round_trips(family: Family, model: PreTrainedModel, plan: FoldPlan) -> tuple[list[str], float]:
-    """Save, convert in every form, load in both ways: the forms, and the largest error."""
+def _round_trips(family: Family, model: PreTrainedModel, plan: FoldPlan, in_memory: Tensor) -> tuple[list[str], float]:
+    """Save, convert in every form, load in both ways: the forms, and the largest error.
+
+    `in_memory` is what the model computes.
+    """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):  # float64 is for all of it
             type(part)._keep_in_fp32_modules = type(part)._keep_in_fp32_modules_strict = None
     forms: dict[str, dict[str, bool]] = {"weightless": {}, "kept": {"keep_norms": True}} if plan.folds else {}
-    if any(kept.reason.startswith("tied") for kept in plan.kept.values()):
+    if any(kept.kind is Kind.TIED for kept in plan.kept.values()):
         forms["untied"] = {"untie": True}
     largest = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
         model.save_pretrained(source)
         before = outputs(family, type(model).from_pretrained(source, dtype=torch.float64).double())
-        if not difference(outputs(family, model), before) <= SAME_MODEL:
+        if not difference(in_memory, before) <= SAME_MODEL:
             raise ValueError("transformers loads another model than it saved")
         for form, options in list(forms.items()):
             target = Path(scratch) / form
@@ -232,8 +242,11 @@ def difference(expected: Tensor, found: Tensor) -> float:
     return float((found - expected)[finite].abs().max() / expected[finite].abs().max())
 
 
+def _why(kept: Kept) -> str:
+    return "tied" if kept.kind is Kind.TIED else _short(kept.reason)
+
+
 def _short(reason: str) -> str:
-    reason = "tied" if reason.startswith("tied") else reason
     return re.sub(r"\.\d+\.", ".*.", reason)
 
 
@@ -263,29 +276,66 @@ def _timed(job: tuple[str, str]) -> tuple[str, Row, float]:
 
 
 def main() -> None:
-    """Examine everything and write the table; or only the families that are named: what it says of others stays."""
-    names = sys.argv[1:] or list(FAMILIES)
-    jobs = [(name, model_type) for name in names for model_type in FAMILIES[name].model_types()]
-    rows: dict[str, list[list[str]]] = {name: [] for name in names}
+    """Examine every model type and write the table; or only what is named: what the table says of others stays."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="FAMILY[:TYPE]", help=f"families: {', '.join(FAMILIES)}")
+    names = parser.parse_args().names
+    try:
+        jobs = named(names or list(FAMILIES))
+    except InputError as error:
+        parser.error(str(error))
+    rows: dict[str, dict[str, list[str]]] = {name: {} for name, _ in jobs}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _start_worker) as pool:
         for number, (name, row, seconds) in enumerate(pool.map(_timed, jobs), 1):
-            rows[name].append(row.cells())
+            rows[name][row.model_type] = row.cells()
             print(f"[{number}/{len(jobs)}] {seconds:5.1f} s  {' | '.join(row.cells())}", file=sys.stderr, flush=True)
     tables, full_size = read_document(TABLE.read_text())
-    if not sys.argv[1:]:
+    if not names:
         full_size = published.markdown(
             map(published.plan_published, filter(published.runs, published.configs().values()))
         )
-    tables |= {name: Table(MADE_WITH, found) for name, found in rows.items()}
+    for name, found in rows.items():
+        table = Table(dict.fromkeys(found, MADE_WITH), found)
+        whole = list(found) == FAMILIES[name].model_types()
+        tables[name] = table if whole else tables[name].updated(table)
     TABLE.write_text(document(tables, full_size))
+
+
+def named(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The family and the model type of all that is named, each as `FAMILY` or `FAMILY:TYPE`, without repetitions.
+
+    Raises:
+        InputError: there is no such family or type.
+    """
+    jobs: dict[tuple[str, str], None] = {}
+    for name in names:
+        family, colon, model_type = name.partition(":")
+        if family not in FAMILIES:
+            raise InputError(f"expected a family out of {', '.join(FAMILIES)}, found {family}")
+        known = FAMILIES[family].model_types()
+        if colon and model_type not in known:
+            raise InputError(f"expected a model type of the family {family}, found {model_type}")
+        jobs |= dict.fromkeys((family, one) for one in ([model_type] if colon else known))
+    return list(jobs)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a family's model types, each as its cells, and the versions that they were made with."""
+    """The rows of a family's model types, each as its cells, and the versions that each was made with: both by type."""
 
-    made_with: str
-    rows: list[list[str]]
+    made_with: dict[str, str]
+    rows: dict[str, list[str]]
+
+    def updated(self, other: "Table") -> "Table":
+        """These rows with those of another table, in the order of the types."""
+        made_with, rows = self.made_with | other.made_with, self.rows | other.rows
+        return Table({one: made_with[one] for one in sorted(rows)}, {one: rows[one] for one in sorted(rows)})
+
+    def versions(self) -> list[str]:
+        """Lines: the versions of most rows, then for each other versions the types that were examined with them."""
+        most, *others = sorted(Counter(self.made_with.values()).items(), key=lambda item: (-item[1], item[0]))
+        types = {other: [one for one, made_with in self.made_with.items() if made_with == other] for other, _ in others}
+        return [most[0], *(f"{other} {', '.join(found)}." for other, found in types.items())]
 
 
 def document(tables: Mapping[str, Table], full_size: str) -> str:
@@ -293,18 +343,19 @@ def document(tables: Mapping[str, Table], full_size: str) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `make architectures`; tests repeat all causal language models, and one in five of the others.",
+        "Written by `make architectures`; tests repeat one in three of the causal language models, and one in ten of "
+        "the others.",
         "",
         *EXPLANATION.splitlines(),
         "",
         *_table(["family", "types", *STATUSES]),
     ]
     for name, table in tables.items():
-        counts = Counter(row[STATUS] for row in table.rows)
+        counts = Counter(row[STATUS] for row in table.rows.values())
         lines.append(line([FAMILIES[name].title, str(len(table.rows)), *(str(counts[status]) for status in STATUSES)]))
     for name, table in tables.items():
-        lines += ["", f"## {FAMILIES[name].title}", "", table.made_with, "", *_table(HEADINGS)]
-        lines += map(line, table.rows)
+        lines += ["", f"## {FAMILIES[name].title}", "", "\n\n".join(table.versions()), "", *_table(HEADINGS)]
+        lines += map(line, table.rows.values())
     return "\n".join(lines) + f"\n\n{FULL_SIZE}\n\n{PUBLISHED}\n{full_size}"
 
 
@@ -314,9 +365,14 @@ def read_document(text: str) -> tuple[dict[str, Table], str]:
     text, _, full_size = text.partition(f"{FULL_SIZE}\n\n{PUBLISHED}\n")
     tables: dict[str, Table] = {}
     for section in text.split("\n## ")[1:]:
-        title, _, made_with, _, _, _, *rows = section.strip().splitlines()
-        cells = [[cell.strip() for cell in row.removeprefix("|").removesuffix("|").split("|")] for row in rows]
-        tables[names[title]] = Table(made_with, cells)
+        title, most, *others = [found for found in section.partition("\n|")[0].splitlines() if found]
+        lines = [found for found in section.splitlines() if found.startswith("|")][len(_table(HEADINGS)) :]
+        cells = [[cell.strip() for cell in found.removeprefix("|").removesuffix("|").split("|")] for found in lines]
+        made_with = {row[0]: most for row in cells}
+        for other in others:
+            version, types = re.fullmatch(r"(Transformers \S+, torch \S+\.) (.+)\.", other).groups()
+            made_with |= dict.fromkeys(types.split(", "), version)
+        tables[names[title]] = Table(made_with, {row[0]: row for row in cells})
     return tables, full_size
 
 

@@ -7,11 +7,13 @@ import torch
 
 import flashnorm
 from architectures import causal
-from flashnorm.runtime.kernels import native
+from flashnorm.cpu.kernels import native
+
+pytestmark = pytest.mark.slow
 
 OPTIMIZED = {
-    *("cwm", "exaone", "granite", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "phi3"),
-    *("phi4_multimodal", "qwen2", "qwen3", "seed_oss", "smollm3"),
+    *("cwm", "exaone", "gemma", "gemma2", "gemma3_text", "granite", "internlm3", "iquestcoder", "llama", "ministral"),
+    *("ministral3", "mistral", "olmo2", "olmo3", "phi3", "phi4_multimodal", "qwen2", "qwen3", "seed_oss", "smollm3"),
 }
 
 

@@ -1,6 +1,7 @@
 """The proof by numbers says what is known of models whose symmetries are known."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import flashnorm
 import tiny
 from architectures.proof import Proof, prove
 from flashnorm.plan import FoldPlan, Kept, Linear
-from flashnorm.trace.planner import segments_of
+from flashnorm.trace.solve import segments_of
 
 CHANNELS = 8
 LATENT = {
@@ -179,6 +180,31 @@ def test_what_autograd_cannot_see_is_undecided() -> None:
     proof = judge(lambda toy, y, x: (y @ toy.a) * (x @ toy.b).sum().item(), a=(CHANNELS, 5), b=(CHANNELS, 5))
     assert proof.verdict == "undecided"
     assert "gradients say" in proof.note
+
+
+def test_a_backward_of_its_own_does_not_count() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return 3 * grad * ctx.saved_tensors[0].sign()
+
+    assert judge(lambda toy, y, x: Doubled.apply(y) @ toy.a, a=(CHANNELS, 5)).verdict == "possible"
+    assert judge(lambda toy, y, x: Doubled.apply(y) + y.tanh() @ toy.a, a=(CHANNELS, 8)).verdict == "impossible"
+
+
+def test_a_kink_that_a_difference_steps_over_is_no_contradiction() -> None:
+    edges: list[float] = []
+
+    def kinked(toy: Toy, y: Tensor, x: Tensor) -> Tensor:
+        edges.extend([] if edges else (toy.kink * (1 + 3e-7)).tolist())
+        return y @ toy.a + 1e3 * (toy.kink - torch.tensor(edges)).relu().sum()
+
+    assert judge(kinked, a=(CHANNELS, 5), kink=(1,)).verdict == "possible"
 
 
 def test_values_that_are_changed_in_place() -> None:

@@ -20,8 +20,8 @@ bounds of `pyproject.toml` or beyond: when the row of a newer version holds, its
 
 The pin, which `make test` runs with, is transformers {TRANSFORMERS} and torch {TORCH}.
 
-* *contracts*: `tests/contracts`, what is asked of upstreams. *proofs, fused runs*: `tests/runtime`. *real models*:
-  `tests/real`. *its own tests*: the tests of this integration.
+* *contracts*: `tests/contracts`, what is asked of upstreams. *proofs, fused runs*: `tests/cpu` and `tests/models`.
+  *real models*: `tests/real`. *its own tests*: the tests of this integration.
 * *greedy text*: SmolLM2-135M in float32, optimised, next to plain Transformers; and whose code `generate` ran: the
   fused loop, the fused layers in Transformers' loop, or Transformers' own.
 * *decode*: tokens a second of the optimised SmolLM2-135M in bfloat16, divided by those of the pin. Two processes take

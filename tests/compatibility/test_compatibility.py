@@ -1,11 +1,8 @@
 """The table of `make compatibility`: what failed is said, and nothing is taken for what it is not."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from compatibility import environments
 from compatibility.checks import CHECKS, Place, Result, attempt, compare, read_report

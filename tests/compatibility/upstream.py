@@ -6,7 +6,7 @@
   Models in training stay plain, as optimised ones run their own code there.
 * Its parameters then want no gradients, on plain models either: where they do, a layer's own code runs.
 * The distribution lacks the tests of `generate` and of export, which the mixin inherits from; empty classes take their
-  place here. `tests/runtime/test_generate_options.py` has a table of options of `generate` instead.
+  place here. `tests/cpu/test_generate_options.py` has a table of options of `generate` instead.
 """
 
 import importlib
@@ -27,8 +27,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import flashnorm
+from flashnorm.cpu.optimize import optimize_if_supported
 from flashnorm.errors import InputError
-from flashnorm.runtime.optimize import optimize_if_supported
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
@@ -51,13 +51,13 @@ SIZES = {
 }
 
 
-def fold_and_optimize(model: PreTrainedModel) -> str | None:
+def fold_and_optimize(model: PreTrainedModel) -> object:
     """As `optimize_if_supported`."""
     flashnorm.fold_(model)
     return optimize_if_supported(model)
 
 
-WAYS: dict[str, Callable[[PreTrainedModel], str | None]] = {
+WAYS: dict[str, Callable[[PreTrainedModel], object]] = {
     "plain": lambda model: "plain",
     "optimised": optimize_if_supported,
     "folded": fold_and_optimize,
@@ -113,7 +113,7 @@ class Tiny:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _changing(change: Callable[[PreTrainedModel], str | None], counts: Counter[str]) -> Callable[[Any], Any]:
+def _changing(change: Callable[[PreTrainedModel], object], counts: Counter[str]) -> Callable[[Any], Any]:
     """`PreTrainedModel.eval` that changes the model first."""
     plain, changing = PreTrainedModel.eval, False
 
@@ -123,7 +123,7 @@ def _changing(change: Callable[[PreTrainedModel], str | None], counts: Counter[s
         if not changing and not any(parameter.is_meta for parameter in model.parameters()):
             changing = True
             try:
-                counts[change(model.requires_grad_(False)) or "changed"] += 1
+                counts[str(change(model.requires_grad_(False)) or "changed")] += 1
             except InputError as error:
                 counts[str(error)] += 1
             finally:

@@ -41,16 +41,17 @@ def test_what_a_layer_is_handed_is_known(name: str) -> None:
 def test_what_attention_is_handed_is_what_the_fused_layer_hands_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = build(name)
     handed: list[set[str]] = []
-    sdpa = generation.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    configured = generation.attention_implementation(model)
+    own = generation.attention_function(model.model.layers[0].self_attn, model.config)
 
     def attention(*args: Any, **kwargs: Any) -> Any:
         handed.append({key for key, value in kwargs.items() if value is not None})
-        return sdpa(*args, **kwargs)
+        return own(*args, **kwargs)
 
-    monkeypatch.setitem(generation.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attention)
+    monkeypatch.setitem(generation.ALL_ATTENTION_FUNCTIONS._global_mapping, configured, attention)
     with torch.no_grad():
         model(IDS, output_hidden_states=True)
-    known = {"dropout", "scaling", "sliding_window", *generation.FOR_ATTENTION}
+    known = {"dropout", "scaling", "sliding_window", "softcap", *generation.FOR_ATTENTION}
     assert handed
     for names in handed:
         assert names <= known, f"{VERSION} hands attention {names - known}; the fused layer does not"
@@ -114,6 +115,27 @@ def test_a_loop_is_handed_what_ours_asks_for() -> None:
     expected = ["self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus"]
     assert parameters[:6] == expected, f"{VERSION}: the arguments of its own loop are {parameters}"
     assert parameters[6:] == ["streamer", "model_kwargs"], f"{VERSION}: its own loop takes {parameters[6:]} besides"
+
+
+def test_criteria_say_nothing_where_they_are_not_asked() -> None:
+    """And all that `generate` makes of a length and of end tokens is known."""
+    model: Any = build("llama")
+    handed: dict[str, Any] = {}
+
+    def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        handed.update(kwargs)
+        return input_ids
+
+    model.generate(IDS, custom_generate=loop, max_new_tokens=3, eos_token_id=[7, 9], pad_token_id=0)
+    criteria = handed["stopping_criteria"]
+    length, ends = generation.undecided(criteria)
+    assert (length, ends) == (IDS.shape[1] + 3, {7, 9}), f"{VERSION}: {criteria}"
+    for size in range(1, length + 1):
+        for token in range(12):
+            ids = torch.full((1, size), 5)
+            ids[:, -1] = token
+            assert bool(criteria(ids, None)) == (size >= length or token in ends)
+    assert generation.undecided([*criteria, lambda ids, scores: False])[0] == 0
 
 
 def test_recording_hooks_are_told_from_others() -> None:

@@ -1,6 +1,8 @@
 """What `compat/torch.py` asks of the PyTorch that is installed. A failure says what changed, and what that means."""
 
-import threading
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -53,7 +55,7 @@ def test_operators(code: str) -> None:
     missing = [packet for packet in expected if packet not in seen.packets]
     assert not missing, (
         f"PyTorch runs {code} as {seen.packets}, without {missing}: the tracer has no rule for what took its place, "
-        "so norms that could fold would be kept; trace/rules.py needs a line"
+        "so norms that could fold would be kept; trace/rules/ needs a line"
     )
 
 
@@ -109,12 +111,42 @@ def test_trees() -> None:
     assert compat.tree_map(str, tree) == {"a": ("1", ["2", "None"]), "b": "3"}, "tree_map changes the nest"
 
 
-def test_module_registrations() -> None:
-    seen: list[int] = []
-    with compat.module_registrations(lambda: seen.append(threading.get_ident())):
-        nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    nn.Sequential(nn.Linear(1, 1))
-    assert len(seen) == 2, "modules are put into others unseen: a damaged config could build models without end"
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_thread_that_computes_alone() -> None:
+    def number_of_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    def alone() -> tuple[int, int]:
+        compat.compute_alone()
+        return torch.get_num_threads(), number_of_new_thread()
+
+    with ThreadPoolExecutor(1) as older, ThreadPoolExecutor(1) as pool:
+        assert older.submit(torch.get_num_threads).result() == 3
+        mine, new = pool.submit(alone).result()
+        assert mine == 1, "OpenMP's number is not PyTorch's any more: folding would disturb the hashing beside it"
+        others = (new, older.submit(torch.get_num_threads).result(), torch.get_num_threads())
+    assert others == (3, 3, 3), "the number of one thread is that of others: a user's program would be slowed down"
+
+
+def test_reads_of_a_parameter_are_noted() -> None:
+    norm, noted = nn.RMSNorm(3), list[str]()
+    compat.note_reads(norm, noted.append)
+    assert [name for name, _ in norm.named_parameters()] == [*norm.state_dict()] == ["weight"]
+    assert not noted
+    norm(torch.ones(3))
+    sentence = "a read of a parameter is not seen: code that reads a norm's dtype would find None where it is folded"
+    assert noted == ["weight"], sentence
+    assert copy.deepcopy(norm).weight is not norm.weight
+    assert noted == ["weight", "weight"], sentence
 
 
 def test_parameters_of_a_copy() -> None:

@@ -43,6 +43,17 @@ def test_built(dtype: torch.dtype) -> None:
     assert model.dtype == dtype, "a config's dtype does not count: pictures and sounds would be traced in another one"
 
 
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_dequantising(method: str) -> None:
+    sentence = "quantisers do not take dequantize any more: verify could not run what they load"
+    settings = compat.dequantising(tiny.config("llama", quantization_config={"quant_method": method}))
+    assert settings is not None, sentence
+    assert settings.get_loading_attributes()["dequantize"] is True, sentence
+    assert compat.dequantising(tiny.config("llama", quantization_config={"quant_method": "gptq", "bits": 4})) is None
+    assert compat.dequantising(tiny.config("llama", quantization_config={"quant_method": "of another release"})) is None
+    assert compat.dequantising(tiny.config("llama")) is None
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_plain_operators(model_type: str) -> None:
     model = meta(model_type)

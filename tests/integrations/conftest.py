@@ -10,16 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gemma3 as gemma3_example
 import pytest
+import smollm2 as smollm2_example
 import torch
 from safetensors.torch import load_file, save_file
 
 import flashnorm
 import tiny
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import gemma3 as gemma3_example
-import smollm2 as smollm2_example
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm installs it)")
 

@@ -12,13 +12,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import compare_samples
 import flashnorm
 import tiny
+from flashnorm.cpu.layers import FusedForward
 from flashnorm.errors import InputError
-from flashnorm.runtime.layers import FusedForward
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import compare_samples
 
 TASKS = Path(compare_samples.__file__).with_name("tasks")
 INSTALLED = find_spec("lm_eval") is not None

@@ -87,7 +87,7 @@ def test_weights_are_given_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "make_weightless", lambda *_: {"norm": 1.0})
     model: Any = Model()
     built = plugin._Built(SimpleNamespace(lora_config=None), config(FLASHNORM))
-    plugin._fold(model, built, ["norm"], None)
+    plugin._fold(model, built, ["norm"], None, None)
     weights = [("norm", torch.ones(2)), ("linear", torch.ones(2))]
     assert model.load_weights(weights) == model.load_weights(weights=weights) == ["linear"]
     with pytest.raises(flashnorm.InputError, match=r"9\.9.*load_weights is given shard"):

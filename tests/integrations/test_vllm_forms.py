@@ -50,7 +50,7 @@ def plain_flag(config: dict[str, Any]) -> None:
 
 
 def no_flag(config: dict[str, Any]) -> None:
-    del config["flashnorm"], config["flash_norm"]
+    del config["flashnorm"], config["flash_norm"], config["flashnorm_folded"]
 
 
 def quantize(tensors: dict[str, torch.Tensor]) -> None:
@@ -137,6 +137,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for name, base in (("adapter", str(folded)), ("foreign adapter", str(llama))):
         options = {"enable_lora": True, "max_lora_rank": 8}
         add(name, folded, options=options, adapter=str(make_adapter(folder / name, base)))
+    flashnorm.convert_adapter(folder / "foreign adapter", llama, folder / "converted adapter", folded=folded)
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    add("llama with adapter", llama, options=options, adapter=str(folder / "foreign adapter"))
+    add("converted adapter", folded, options=options, adapter=str(folder / "converted adapter"))
     add("head", folded, options=speculation("eagle", llama))
     found = run_jobs(folder, jobs, timeout=3000)
     for name, options in (
@@ -246,6 +250,12 @@ def test_refused(results: Results, name: str, message: str) -> None:
 def test_adapter_trained_on_the_converted_model(results: Results) -> None:
     assert "error" not in results["adapter"], results["adapter"]
     assert results["adapter"]["tokens"] != results["llama"]["tokens"]
+
+
+def test_a_converted_adapter(results: Results) -> None:
+    """It answers as the source with its adapter does."""
+    assert_same(results["converted adapter"], results["llama with adapter"])
+    assert results["converted adapter"]["tokens"] != results["llama"]["tokens"]
 
 
 @pytest.mark.parametrize("backend", ["mp", "ray"])

@@ -11,12 +11,12 @@ import torch
 
 import flashnorm
 import tiny
-from flashnorm.checkpoint.names import StoredNames
-from flashnorm.checkpoint.reader import Checkpoint
-from flashnorm.checkpoint.state import listed_norms
+from flashnorm.files.reader import Checkpoint
+from flashnorm.format import listed_norms
 from flashnorm.integrations.vllm import register, rules
-from flashnorm.runtime.adapters import adapter_refusal
-from flashnorm.trace.models import meta_model
+from flashnorm.models.adapters import adapter_refusal
+from flashnorm.planning.names import StoredNames
+from flashnorm.trace.build import meta_model
 
 LAYER, FINAL = "model.layers.0.input_layernorm.weight", "model.norm.weight"
 

@@ -1,16 +1,12 @@
 """SmolLM2-135M and Gemma 3 270M, built once for a test run."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from filelock import FileLock
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 import gemma3 as gemma3_example
+import pytest
 import smollm2 as smollm2_example
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session")

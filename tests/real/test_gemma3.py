@@ -13,6 +13,8 @@ import flashnorm
 from flashnorm.verify.outputs import verify_outputs
 from flashnorm.verify.text import DEFAULT_TEXT
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The three most important things to know about the moon are"
 OTHER = "The best way to learn a language"
 FOLDED = {"input_layernorm", "pre_feedforward_layernorm"}
@@ -144,9 +146,3 @@ def test_untied(gemma3: Path, inputs: Any, expected: list[int], tmp_path: Path) 
     model = flashnorm.load(tmp_path / "untied", dtype=torch.float32)
     assert "model.norm.weight" not in dict(model.named_parameters())
     assert greedy(model, inputs, 16) == [expected[:16]]
-
-
-def test_optimize_says_what_differs(source: Any) -> None:
-    """The kernels know no norm behind attention and MLP."""
-    with pytest.warns(UserWarning, match="pre_feedforward_layernorm"):
-        flashnorm.optimize(source)

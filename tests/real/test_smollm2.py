@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flashnorm
-from flashnorm.runtime.fused import FusedDecoder
-from flashnorm.runtime.structure import read_decoder
 from flashnorm.verify.outputs import verify_outputs
 from flashnorm.verify.text import DEFAULT_TEXT
+
+pytestmark = pytest.mark.slow
 
 # Folding rounds bf16 weights once more, so a near tie can fall the other way; this prompt's first 64 tokens have none.
 PROMPT = "The three most important things to know about the moon are"
@@ -60,7 +58,9 @@ def test_plan(smollm2: Path) -> None:
 
 
 def test_streamed_from_disk_no_number_changes(smollm2: Path, converted: Path) -> None:
-    whole, streamed = (verify_outputs(smollm2, converted, steps=2, streamed=way) for way in (False, True))
+    """A part of the text: every module comes from disk whole, however many tokens it is for."""
+    text = DEFAULT_TEXT[:200]
+    whole, streamed = (verify_outputs(smollm2, converted, text=text, steps=2, streamed=way) for way in (False, True))
     assert whole.ok
     assert streamed == replace(whole, streamed=True)
 
@@ -71,7 +71,7 @@ def test_converted_files(smollm2: Path, converted: Path) -> None:
     assert all("layernorm" in name for name in gone)
     assert names_in(converted) < names_in(smollm2)
     config = json.loads((converted / "config.json").read_text())
-    assert config["flash_norm"] is True
+    assert config["flash_norm"] is config["flashnorm_folded"] is True
     assert set(config["flashnorm"]["weightless"]) == gone
     before = (smollm2 / "model.safetensors").stat().st_size
     # 60 norms of 576 bf16 numbers, and their entries in the header.
@@ -112,31 +112,6 @@ def test_one_flipped_bit(smollm2: Path, converted: Path, tmp_path: Path) -> None
     assert finding.name == "model.layers.17.mlp.up_proj.weight"
     assert finding.index == (1000, 123)
     assert finding.differing == 1
-
-
-def test_the_fused_kernels_say_what_the_source_says_for_256_steps(smollm2: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    expected = greedy(model, smollm2, 256)
-    assert greedy(flashnorm.optimize(model), smollm2, 256) == expected
-
-
-def test_the_fused_kernels_round_no_more_than_transformers(smollm2: Path) -> None:
-    ids = AutoTokenizer.from_pretrained(smollm2)(DEFAULT_TEXT, return_tensors="pt")["input_ids"]
-
-    def kl(found: Tensor) -> float:
-        """To the float64 oracle, in nats a token."""
-        return F.kl_div(found.double().log_softmax(-1), oracle, reduction="batchmean", log_target=True).item()
-
-    with torch.inference_mode():
-        model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64)
-        oracle = model(ids).logits[0].log_softmax(-1)
-        for dtype in (torch.bfloat16, torch.float16):
-            model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
-            theirs = kl(model(ids).logits[0])
-            flashnorm.optimize(model)
-            layers = kl(model(ids).logits[0])
-            ours = kl(FusedDecoder(read_decoder(model)).extend(ids[0], ids.shape[1]))
-            assert ours <= layers <= theirs, (dtype, ours, layers, theirs)
 
 
 def test_load_and_generate(converted: Path, expected: list[int], caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,8 @@
 * `pairs`: two commands at one target at once.
 
 Afterwards the target is absent, the old model, or the new one, whole; nothing printed a traceback; the same command
-again ends with the bytes of an undisturbed one. Run it by `python tests/reliability/commands.py --help`.
+again ends with the bytes of an undisturbed one. Run it by `python tests/reliability/commands.py --help`,
+with `PYTHONPATH=tests`.
 """
 
 import argparse
@@ -19,12 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from faults import REFUSED, SENT, Outcomes, count
 
 import tiny
-from flashnorm.checkpoint.writer import staging_folder
+from flashnorm.files.staging import staging_folder
 from handmade import OLD, content
 
 # Some 40 MB, so that there is time to disturb.

@@ -7,7 +7,8 @@
 
 All of them with a new target, and (`--force`) in place of an old model. Afterwards the target is absent, the old one,
 or the new one, whole; a repeated run ends with the bytes of an undisturbed one and leaves nothing else. Each run is a
-process, forked from this one. Run it by `python tests/reliability/faults.py --help`; it needs a C compiler (`cc`).
+process, forked from this one. Run it by `python tests/reliability/faults.py --help`, with
+`PYTHONPATH=tests`; it needs a C compiler (`cc`).
 """
 
 import argparse
@@ -27,10 +28,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from flashnorm.checkpoint import shard
 from flashnorm.convert import convert_checkpoint
+from flashnorm.convert import shards as shard
 from flashnorm.errors import InputError
 from handmade import OLD, Handmade, content, make
 
@@ -79,7 +78,7 @@ class Place:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
             armed()
             source = self.source
-            convert_checkpoint(source.open(), source.plan, source.names, target, force=force, keep_norms=keep_norms)
+            convert_checkpoint(source.planned(), target, force=force, keep_norms=keep_norms)
             done()
             code = 0
         except InputError:

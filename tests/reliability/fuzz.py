@@ -7,7 +7,8 @@
 * `load`: config or index of a converted model, through `flashnorm.load`.
 
 Allowed is success or `InputError`: no other exception, no file opened outside of the folder (but Python's own), no case
-longer than its limit in seconds, no more memory than the limit. Run it by `python tests/reliability/fuzz.py --help`.
+longer than its limit in seconds, no more memory than the limit. Run it by `python tests/reliability/fuzz.py --help`,
+with `PYTHONPATH=tests`.
 """
 
 import argparse
@@ -25,15 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import tiny
-from flashnorm.checkpoint.reader import Checkpoint
-from flashnorm.checkpoint.state import listed_norms
 from flashnorm.convert import convert, convert_checkpoint
 from flashnorm.errors import InputError
-from flashnorm.planning import plan
-from flashnorm.runtime.load import load
+from flashnorm.files.reader import Checkpoint
+from flashnorm.format import listed_norms
+from flashnorm.models.load import load
+from flashnorm.planning.planned import plan
 from flashnorm.verify import verify
 from flashnorm.verify.weights import verify_weights
 from handmade import content, make
@@ -150,7 +149,7 @@ class Verify:
         (self.source.folder / "README.md").write_text("# A model\n")
         (self.source.folder / "tokenizer.json").write_text('{"model": "of words"}')
         self.folder = folder / "converted"
-        convert_checkpoint(self.source.open(), self.source.plan, self.source.names, self.folder, source_id="a/b")
+        convert_checkpoint(self.source.planned(), self.folder, source_id="a/b")
         self.files = content(self.folder)
 
     def attack(self, chance: random.Random) -> str:
@@ -160,7 +159,7 @@ class Verify:
         damaged = changed_json(raw, chance) if name.endswith("json") and chance.random() < 0.5 else raw
         path.write_bytes(damaged if damaged != raw else changed_bytes(raw, chance))
         try:
-            report = verify_weights(self.source.folder, self.folder, self.source.names, self.source.plan)
+            report = verify_weights(self.source.planned(), Checkpoint.open(self.folder))
             if report.ok and path.read_bytes() != raw:
                 if name != "flashnorm.json":
                     raise AssertionError(f"{name} was changed, and found the same")

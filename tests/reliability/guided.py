@@ -1,7 +1,8 @@
 """Damages the files that describe a checkpoint, guided by coverage: what reaches new code is damaged further.
 
 The rules are those of `fuzz.py reader`: a checkpoint, or `InputError`. It needs atheris (`pip install atheris`), whose
-libFuzzer takes the options: `python tests/reliability/guided.py -runs=300000 -seed=1`, and prints the number of runs.
+libFuzzer takes the options: `python tests/reliability/guided.py -runs=300000 -seed=1` (with `PYTHONPATH=tests`), and
+prints the number of runs.
 """
 
 import sys
@@ -10,14 +11,12 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-with atheris.instrument_imports(include=["flashnorm.checkpoint", "flashnorm.plan", "flashnorm.verify.manifest"]):
-    from flashnorm.checkpoint.reader import Checkpoint
-    from flashnorm.checkpoint.state import listed_norms
+with atheris.instrument_imports(include=["flashnorm.files", "flashnorm.plan", "flashnorm.verify.manifest"]):
     from flashnorm.convert import convert_checkpoint
     from flashnorm.errors import InputError
-    from flashnorm.verify.manifest import Manifest
+    from flashnorm.files.reader import Checkpoint
+    from flashnorm.format import listed_norms
+    from flashnorm.verify.manifest import read_manifest
     from handmade import content, make
 
 NAMES = ("config.json", "model.safetensors.index.json", "flashnorm.json", "model-00001-of-00003.safetensors")
@@ -26,7 +25,7 @@ NAMES = ("config.json", "model.safetensors.index.json", "flashnorm.json", "model
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, target, seeds = make(Path(folder) / "source", shards=3), Path(folder) / "out", Path(folder) / "seeds"
-        convert_checkpoint(source.open(), source.plan, source.names, target)
+        convert_checkpoint(source.planned(), target)
         files = content(target)
         seeds.mkdir()
         for number, name in enumerate(NAMES):
@@ -41,7 +40,7 @@ def main() -> None:
                 for tensor in checkpoint.tensors:
                     checkpoint.read_bytes(tensor)
                 listed_norms(checkpoint.config, target)
-                Manifest.read(target)
+                read_manifest(target)
             except InputError:
                 pass
             finally:

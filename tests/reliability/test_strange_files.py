@@ -8,21 +8,23 @@ import socket
 import stat
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
 
 import tiny
-from flashnorm.acceptance import check_places
-from flashnorm.checkpoint.reader import Checkpoint
-from flashnorm.checkpoint.strict_json import MAX_BYTES, parse_object
 from flashnorm.convert import convert_checkpoint
+from flashnorm.convert.acceptance import check_places
 from flashnorm.errors import InputError
-from flashnorm.planning import plan
-from flashnorm.trace import models
-from flashnorm.trace.models import MAX_LAYERS
+from flashnorm.files.reader import Checkpoint
+from flashnorm.files.strict_json import MAX_BYTES, parse_object
+from flashnorm.planning.config import MAX_LAYERS
+from flashnorm.planning.planned import plan
+from flashnorm.trace import build as models
 from handmade import Handmade, content, make
 
 INDEX = "model.safetensors.index.json"
@@ -48,7 +50,7 @@ def source(tmp_path: Path) -> Handmade:
 
 def convert(source: Handmade) -> dict[str, bytes]:
     target = source.folder.parent / "out"
-    convert_checkpoint(source.open(), source.plan, source.names, target)
+    convert_checkpoint(source.planned(), target)
     return content(target)
 
 
@@ -138,10 +140,36 @@ class TestLinks:
         shutil.rmtree(source.folder.parent / "out")
         self.hub_snapshot(source, source.folder.parent / "models--a--b" / "blobs")
         target = source.folder.parents[2] / "out"
-        convert_checkpoint(source.open(), source.plan, source.names, target, source_id=None)
+        convert_checkpoint(source.planned(), target, source_id=None)
         found = content(target)
         assert found.keys() == expected.keys()
         assert all(found[name] == expected[name] for name in expected if name not in ("README.md", "flashnorm.json"))
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_a_folder_of_links_into_the_cache_of_the_hub(self, source: Handmade, tmp_path: Path, shared: bool) -> None:
+        expected = convert(source)
+        shutil.rmtree(source.folder.parent / "out")
+        repository = tmp_path / "cache" / "models--a--b"
+        for folder in ("snapshots", "blobs"):
+            (repository / folder).mkdir(parents=True)
+        store = tmp_path / "cache" / "blobs" / "ab"
+        store.mkdir(parents=True)
+        (store.parent / ".huggingface-shared-blobs").write_text("1\n")
+        for path in [*source.folder.iterdir()]:
+            blob = repository / "blobs" / f"blob of {path.name}"
+            kept = shutil.move(path, store / f"content of {path.name}" if shared else blob)
+            if shared:
+                blob.symlink_to(kept)
+            path.symlink_to(blob)
+        assert convert(source) == expected
+
+    @pytest.mark.parametrize("where", ["blobs", "blobs/ab", "models--a--b/other"])
+    def test_what_only_looks_like_the_cache_of_the_hub(self, source: Handmade, tmp_path: Path, where: str) -> None:
+        (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
+        (tmp_path / where).mkdir(parents=True)
+        kept = shutil.move(source.folder / "config.json", tmp_path / where / "ab12")
+        (source.folder / "config.json").symlink_to(kept)
+        refused(source, r"config\.json: expected a file of this folder, found a link to .*ab12")
 
     def test_a_snapshot_whose_blobs_are_elsewhere(self, source: Handmade, tmp_path: Path) -> None:
         self.hub_snapshot(source, tmp_path / "etc")
@@ -211,17 +239,20 @@ class TestNoFiles:
         self, source: Handmade, put: Callable[[Path], object], kind: str
     ) -> None:
         put(source.folder / "other")
-        assert "other" not in convert(source)
+        converted = convert(source)
+        assert "other" not in converted
+        left_out = ["other/" if kind == "a folder" else "other"]
+        assert json.loads(converted["flashnorm.json"])["source"]["left_out"] == left_out
 
 
 class TestNames:
     @pytest.mark.parametrize("pair", [("a", "A"), ("\u00e9", "e\u0301"), ("stra\u00dfe", "STRASSE")])
     def test_that_are_one_on_some_file_systems(self, source: Handmade, pair: tuple[str, str]) -> None:
         for name in pair:
-            (source.folder / f"{name}.txt").write_text(name)
+            (source.folder / f"{name}.md").write_text(name)
         refused(source, "expected names that differ on every file system")
 
-    @pytest.mark.parametrize("name", ["readme.md", "Config.json", "FLASHNORM.json"])
+    @pytest.mark.parametrize("name", ["readme.md", "Config.json", "CONFIG.json"])
     def test_that_are_one_with_a_file_of_ours(self, source: Handmade, name: str) -> None:
         (source.folder / name).write_text("{}")
         refused(source, "expected names that differ on every file system")
@@ -247,7 +278,7 @@ class TestNames:
             Checkpoint.open(tmp_path)
 
     def test_that_are_no_text(self, source: Handmade) -> None:
-        name = os.fsdecode(b"\xff\n\x1b[31m.txt")
+        name = os.fsdecode(b"\xff\n\x1b[31m.md")
         (source.folder / name).write_text("x")
         assert convert(source)[name] == b"x"
 
@@ -270,11 +301,31 @@ def test_more_layers_than_any_model_has(tmp_path: Path, key: str, part: str | No
         plan(tmp_path)
 
 
-def test_more_modules_than_any_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "MAX_MODULES", 100)
+def test_more_tensors_than_any_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "MAX_TENSORS", 75)
     models.meta_model(tiny.config("llama", num_hidden_layers=5))
-    with pytest.raises(InputError, match="at most 100 modules"):
+    with pytest.raises(InputError, match="at most 75 tensors"):
         models.meta_model(tiny.config("llama", num_hidden_layers=10))
+
+
+def test_other_threads_may_build_what_they_like_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hooks() -> dict[str, list[int]]:
+        found = vars(torch.nn.modules.module).items()
+        return {name: list(value) for name, value in found if name.startswith("_global_") and isinstance(value, dict)}
+
+    def build_in_other_thread(*args: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            large = other.submit(lambda: [torch.nn.Linear(1, 1) for _ in range(100)]).result()
+            seen.append((len(large), large[0].weight.device.type, other.submit(hooks).result()))
+        return built(*args)
+
+    seen: list[tuple[int, str, dict[str, list[int]]]] = []
+    built = models.built
+    monkeypatch.setattr(models, "built", build_in_other_thread)
+    monkeypatch.setattr(models, "MAX_TENSORS", 75)
+    before = hooks()
+    models.meta_model(tiny.config("llama", num_hidden_layers=5))
+    assert seen == [(100, "cpu", before)]
 
 
 def test_longer_axes_than_any_model_has() -> None:

@@ -12,8 +12,8 @@ import flashnorm
 import tiny
 from architectures import families
 from flashnorm.errors import InputError
-from flashnorm.trace.models import meta_model
-from flashnorm.trace.rules import UNKNOWN_OPERATOR
+from flashnorm.plan import Kind
+from flashnorm.trace.build import meta_model
 
 QWEN3_8B = {
     "num_hidden_layers": 36,
@@ -111,7 +111,7 @@ def test_architecture(model_type: str) -> None:
     folded, kept, offset = EXPECTED[model_type]
     assert by_kind([fold.norm for fold in plan.folds]) == folded
     assert by_kind(list(plan.kept)) == kept
-    assert not any(kept.reason.startswith(UNKNOWN_OPERATOR) for kept in plan.kept.values())
+    assert not any(kept.kind is Kind.UNKNOWN for kept in plan.kept.values())
     assert {fold.offset for fold in plan.folds} == {offset}
 
 
@@ -170,3 +170,10 @@ def test_a_forward_that_fails_on_meta_says_so() -> None:
 def test_meta_models_hold_no_memory() -> None:
     model = meta_model(AutoConfig.for_model("qwen3", **QWEN3_8B))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_sizes_that_code_computes_from_its_own_numbers() -> None:
+    """Mimi holds the strides of its convolutions in buffers, and pads by what it computes from them."""
+    plan = flashnorm.plan(families.tiny("plain", "mimi_encoder"))
+    assert len(plan.folds) == plan.norms == 4
+    assert plan == flashnorm.plan(families.build("plain", "mimi_encoder"))

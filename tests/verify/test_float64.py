@@ -1,5 +1,7 @@
 """The float64 mode: nothing inside it is computed in fewer bits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +64,19 @@ def test_the_default_dtype_comes_back_after_an_error() -> None:
     with pytest.raises(KeyError), float64_everywhere():
         raise KeyError
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_other_threads_keep_their_casts() -> None:
+    with ThreadPoolExecutor(1) as other, float64_everywhere():
+        assert other.submit(lambda: torch.ones(1, dtype=torch.int64).float().dtype).result() == torch.float32
+        assert torch.ones(1, dtype=torch.int64).float().dtype == torch.float64
+
+
+@pytest.mark.parametrize("promoted", [lambda ints: ints / ints, lambda ints: ints * 0.5, lambda ints: ints.sqrt()])
+def test_integers_become_float64(promoted) -> None:
+    """The dtype is none that a mode sees: these need the default dtype, which is one for the process."""
+    with float64_everywhere():
+        assert promoted(torch.tensor([1, 2])).dtype == torch.float64
 
 
 class Narrow(TorchDispatchMode):

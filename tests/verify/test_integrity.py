@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 
 import flashnorm
 import tiny
-from flashnorm.checkpoint.records import file_record
 from flashnorm.errors import InputError
+from flashnorm.files.records import file_record
 from flashnorm.verify.integrity import IntegrityReport, verify_integrity
 
 MANIFEST = "flashnorm.json"
@@ -30,8 +30,8 @@ def make(folder: Path, config: PretrainedConfig, **options: Any) -> Path:
     tiny.model(config, torch.bfloat16).save_pretrained(source, max_shard_size="60KB")
     (source / "tokenizer.json").write_text('{"model": "of words"}')
     (source / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    (source / "templates").mkdir()
-    (source / "templates" / "chat.jinja").write_text("{{ messages }}")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "chat.jinja").write_text("{{ messages }}")
     flashnorm.convert(source, folder / "converted", **options)
     return folder / "converted"
 
@@ -192,9 +192,9 @@ def swap(folder: Path, one: str, other: str) -> None:
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "lists tokenizer.json, which is not there"),
         (lambda folder: (folder / ".gitattributes").unlink(), "lists .gitattributes, which is not there"),
-        (lambda folder: (folder / "templates/chat.jinja").unlink(), "lists templates/chat.jinja, which is not there"),
+        (lambda folder: (folder / "1_Pooling/chat.jinja").unlink(), "lists 1_Pooling/chat.jinja, which is not there"),
         (lambda folder: (folder / "modeling.py").write_text("import os"), "does not list modeling.py"),
-        (lambda folder: (folder / "templates/new.jinja").write_text(""), "does not list templates/new.jinja"),
+        (lambda folder: (folder / "1_Pooling/new.jinja").write_text(""), "does not list 1_Pooling/new.jinja"),
         (lambda folder: (folder / "more").symlink_to(folder.parent), "does not list more"),
         (lambda folder: (folder / "gone.json").symlink_to(folder / "nowhere"), "does not list gone.json"),
         (lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"), "does not list vocab.json"),
@@ -330,7 +330,7 @@ def test_names_in_the_manifest_are_not_opened(converted: Path) -> None:
 def test_a_checkpoint_of_the_reference_says_nothing_of_itself(converted: Path) -> None:
     (converted / MANIFEST).unlink()
     edit_config = json.loads((converted / "config.json").read_text())
-    del edit_config["flashnorm"], edit_config["flash_norm"]
+    del edit_config["flashnorm"], edit_config["flash_norm"], edit_config["flashnorm_folded"]
     (converted / "config.json").write_text(json.dumps(edit_config))
     with pytest.raises(InputError, match=r"give its source as well \(flashnorm verify MODEL OUT\)"):
         verify_integrity(converted)

@@ -1,9 +1,12 @@
 """Verification of outputs: healthy conversions of small random models pass, and wrong ones do not."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +16,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tiny
 from flashnorm.convert import convert
+from flashnorm.cpu import ops
+from flashnorm.cpu.fused import FusedDecoder
+from flashnorm.cpu.kernels import native
+from flashnorm.files.reader import Checkpoint
+from flashnorm.models.load import Loading
 from flashnorm.plan import FoldPlan
-from flashnorm.runtime import ops
-from flashnorm.runtime.fused import FusedDecoder
-from flashnorm.runtime.kernels import native
+from flashnorm.planning.planned import plan_checkpoint
 from flashnorm.verify import measures, outputs, verify
+from flashnorm.verify.as_loaded import loaded_model
 from flashnorm.verify.conversion import Conversion, Size
-from flashnorm.verify.outputs import Greedy, OutputsReport, verify_outputs
+from flashnorm.verify.measures import Greedy
+from flashnorm.verify.outputs import verify_outputs
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.report import VerifyReport
-from flashnorm.verify.runs import Runner, loaders, needed_memory
+from flashnorm.verify.runs import Runner, needed_memory, source_loader
 
 TINY = {
     "hidden_size": 64,
@@ -217,13 +226,12 @@ def test_streaming_holds_no_more_than_a_module(source: Callable[..., Path], monk
 
     runner = Runner(streamed=True)
     monkeypatch.setattr(Runner, "_count", lambda self, model, runs: look(model, runs))
-    runner.outputs(loaders(folder, folder, False)[0], torch.float64, torch.arange(5))
+    runner.outputs(source_loader(folder, False), torch.float64, torch.arange(5))
     assert max(there) <= 1
 
 
 def test_the_system_tells_its_memory() -> None:
-    available = outputs.available_memory()
-    assert available is None or available > 1 << 28
+    assert outputs.available_memory() > 1 << 28
 
 
 def test_an_encoder_is_not_run(tmp_path: Path) -> None:
@@ -324,13 +332,35 @@ def test_what_load_gives_is_judged(source: Callable[..., Path], tmp_path: Path) 
 
 
 def test_what_load_gives_of_a_model_that_the_kernels_do_not_run(source: Callable[..., Path], tmp_path: Path) -> None:
-    folder = source("gemma2", torch.float32)
+    folder = source("cohere", torch.float32)
     convert(folder, tmp_path / "out")
     report = verify_outputs(folder, tmp_path / "out")
     assert report.ok
     assert report.as_loaded
     assert report.as_loaded.path.startswith("in plain PyTorch: ")
     assert report.as_loaded.run == report.converted
+
+
+def test_without_kernels_the_report_says_so_and_no_warning_does(
+    source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The filters of warnings are the process's, so they stay as they are while the model is loaded."""
+    convert(source("llama", torch.float32), tmp_path / "out")
+    monkeypatch.setattr(native, "library", lambda: None)
+    loading = Loading.of(plan_checkpoint(Checkpoint.open(tmp_path / "out")))
+    seen: list[list[Any]] = []
+
+    def look(**options: Any) -> Any:
+        seen.append(list(warnings.filters))
+        return loading.load(**options)
+
+    watched: Any = SimpleNamespace(load=look)
+    with warnings.catch_warnings(record=True) as given:
+        filters = list(warnings.filters)
+        _, path = loaded_model(watched, torch.float32)
+    assert path.startswith("in plain PyTorch: expected compiled kernels")
+    assert seen == [filters]
+    assert not [one for one in given if "plain PyTorch" in str(one.message)]
 
 
 def _wrong_steps(monkeypatch: pytest.MonkeyPatch) -> None:

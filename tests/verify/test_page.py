@@ -18,7 +18,7 @@ from flashnorm.convert import convert
 from flashnorm.errors import InputError
 from flashnorm.verify import VerifyReport, verify
 from flashnorm.verify.findings import Finding
-from flashnorm.verify.outputs import OutputsReport
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.page import check_page, html, write_page
 from flashnorm.verify.plots import error_by_depth, kl_by_token, rounding_errors
 

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashnorm.verify.products import FORMATS, ExactGain, Format, correct, decode, differing
+from flashnorm.verify.formats import FORMATS, Format, decode
+from flashnorm.verify.gains import ExactGain
+from flashnorm.verify.products import correct, differing
 
 TAGS = tuple(FORMATS)
 
@@ -149,13 +151,6 @@ def test_a_gain_that_no_float_can_hold(weight: float) -> None:
     assert one("F64", pattern, right, gain)
     assert not one("F64", pattern, right ^ 1, gain)
     assert not one("F64", pattern, 1 << 62, gain)
-
-
-def test_segments_leave_other_channels_alone() -> None:
-    gain = ExactGain.of(np.array([2.0, 3.0, 4.0]), 0.0, 5, segments=[(0, 1, 2), (4, 0, 1)])
-    assert gain.values == [3, 4, 1, 1, 2]
-    with pytest.raises(ValueError, match="do not reach"):
-        ExactGain.of(np.array([2.0, 3.0]), 0.0, 5)
 
 
 def _encode(tag: str, numbers: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from flashnorm.verify.products import FORMATS, decode, nearest
+from flashnorm.verify.formats import FORMATS, decode, nearest
 from flashnorm.verify.rounding import BINS, RoundingSample, errors
 
 PRECISION = {"BF16": 8, "F16": 11, "F32": 24}

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_checkpoints import TWO_SHARDS_FOLDS, Converted, two_shards
 
-from flashnorm.checkpoint.names import CheckpointPlan, GainUse, TensorFold
-from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.arithmetic import fold_weight, gain_of
 from flashnorm.convert import convert_checkpoint
 from flashnorm.errors import InputError
-from flashnorm.fold import fold_weight, gain_of
+from flashnorm.files.reader import Checkpoint
+from flashnorm.planning.tensors import GainUse, TensorFold, TensorPlan
+from flashnorm.verify import hashed_file
 from flashnorm.verify import tensors as tensors_module
 from flashnorm.verify.findings import Finding
 
@@ -69,6 +70,7 @@ def test_awkward_numbers_pass(convert: Convert, dtype: torch.dtype, offset: floa
 def test_pieces_fit_together(convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of many pieces, folded along the first and the last axis, one line longer than a piece."""
     monkeypatch.setattr(tensors_module, "PIECE", 1000)
+    monkeypatch.setattr(hashed_file, "_PART", 1000)
     tensors = {
         "norm": torch.randn(37),
         "last": torch.randn(500, 37),
@@ -157,7 +159,7 @@ def test_a_gain_of_another_form_is_found(convert: Convert) -> None:
     """Gemma's gain folded as a plain one, and a linear that was not folded at all."""
     converted = convert(two_shards(), TWO_SHARDS_FOLDS)
     fold = TensorFold(1, (GainUse("layers.0.norm2.weight", 0.0),))
-    names = CheckpointPlan(
+    names = TensorPlan(
         folds=converted.names.folds | {"layers.0.experts": fold, "layers.0.out.weight": fold},
         norms=converted.names.norms,
     )
@@ -219,6 +221,8 @@ def test_copied_files_and_the_card(convert: Convert) -> None:
     (converted.folder / "tokenizer.json").write_text("{}")
     (converted.folder / "README.md").write_text("# Another model")
     (converted.folder / "modeling.py").write_text("import os")
+    for folder in (converted.source, converted.folder):
+        (folder / "optimizer.pt").write_text("a")
     (converted.source / "vocab.txt").write_text("a\nb")
     found = {finding.name: finding.problem for finding in converted.verify().findings if "hash" not in finding.problem}
     assert found["tokenizer.json"] == "has another size than flashnorm.json says"
@@ -227,6 +231,7 @@ def test_copied_files_and_the_card(convert: Convert) -> None:
     assert "file tokenizer.json: is not the source's, byte for byte" in problems
     assert "file README.md: does not contain the source's text" in problems
     assert "file modeling.py: is not in the source" in problems
+    assert "file optimizer.pt: does not belong to the model" in problems
     assert "manifest flashnorm.json: does not list modeling.py" in problems
     assert "file vocab.txt: was not copied" in problems
 
@@ -242,12 +247,12 @@ def test_files_of_tools_do_no_harm(convert: Convert) -> None:
 def test_what_is_below_the_top_is_copied_and_found(convert: Convert) -> None:
     """A folder named like a tool's is one at the top only; links to folders are seen."""
     converted = convert(two_shards(), TWO_SHARDS_FOLDS)
-    inner = converted.source / "assets" / ".cache"
+    inner = converted.source / "1_Pooling" / ".cache"
     inner.mkdir(parents=True)
     (inner / "words.txt").write_text("a b")
-    convert_checkpoint(Checkpoint.open(converted.source), converted.plan, converted.names, converted.folder, force=True)
+    convert_checkpoint(converted.planned(), converted.folder, force=True)
     assert converted.verify().ok
-    assert (converted.folder / "assets" / ".cache" / "words.txt").read_text() == "a b"
+    assert (converted.folder / "1_Pooling" / ".cache" / "words.txt").read_text() == "a b"
     (converted.folder / "link").symlink_to(inner)
     problems = [str(finding) for finding in converted.verify().findings]
     assert problems == ["file link: is not in the source", "manifest flashnorm.json: does not list link"]
@@ -305,7 +310,7 @@ def test_progress_counts_every_byte(convert: Convert) -> None:
 
     converted = convert(two_shards(), TWO_SHARDS_FOLDS)
     steps: list[int] = []
-    report = verify_weights(converted.source, converted.folder, converted.names, advance=steps.append)
+    report = verify_weights(converted.planned(), Checkpoint.open(converted.folder), advance=steps.append)
     assert sum(steps) == report.nbytes
 
 

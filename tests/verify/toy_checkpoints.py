@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashnorm.checkpoint.names import CheckpointPlan, GainUse, TensorFold
-from flashnorm.checkpoint.reader import Checkpoint
 from flashnorm.convert import convert_checkpoint
+from flashnorm.files.reader import Checkpoint
 from flashnorm.plan import Fold, FoldPlan, Linear
+from flashnorm.planning.planned import PlannedCheckpoint
+from flashnorm.planning.tensors import GainUse, TensorFold, TensorPlan
 from flashnorm.verify.weights import WeightsReport, verify_weights
 
 
@@ -22,10 +23,13 @@ class Converted:
     source: Path
     folder: Path
     plan: FoldPlan
-    names: CheckpointPlan
+    names: TensorPlan
 
     def verify(self) -> WeightsReport:
-        return verify_weights(self.source, self.folder, self.names, self.plan)
+        return verify_weights(self.planned(), Checkpoint.open(self.folder))
+
+    def planned(self) -> PlannedCheckpoint:
+        return PlannedCheckpoint(Checkpoint.open(self.source), self.plan, self.names)
 
 
 def make(
@@ -64,7 +68,7 @@ def make(
             for norm, (offset, linears) in folds.items()
         ),
     )
-    names = CheckpointPlan(
+    names = TensorPlan(
         folds={
             linear: TensorFold(axis, (GainUse(norm, offset),))
             for norm, (offset, linears) in folds.items()
@@ -72,11 +76,12 @@ def make(
         },
         norms={norm: 1.0 - offset for norm, (offset, _) in folds.items()},
         untied=untied or {},
+        unties=bool(untied),
         parameters={norm: norm for norm in folds},
     )
-    target = folder / "converted"
-    convert_checkpoint(Checkpoint.open(source), plan, names, target, keep_norms=keep_norms)
-    return Converted(source, target, plan, names)
+    converted = Converted(source, folder / "converted", plan, names)
+    convert_checkpoint(converted.planned(), converted.folder, keep_norms=keep_norms)
+    return converted
 
 
 def two_shards(

@@ -11,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 import flashnorm
-from flashnorm.runtime.fused import FusedDecoder
-from flashnorm.runtime.structure import read_decoder
+from flashnorm.cpu.formula import read_decoder
+from flashnorm.cpu.fused import FusedDecoder
 
 
 class FusedNorm(nn.Module):

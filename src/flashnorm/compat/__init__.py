@@ -1,6 +1,7 @@
-"""What is asked of PyTorch, Transformers, vLLM and lm-eval beyond their documented interfaces: a file for each.
+"""What FlashNorm relies on in other packages ("upstreams") beyond their documented interfaces: a file for each.
 
-* The rest of the package takes such names from here, and asks no upstream for its version.
-* Each is a small function, or data, with a line on what is relied on. `tests/contracts` asks the real upstream for it.
-* Nothing here knows anything of FlashNorm but its errors.
+* The rest of FlashNorm takes these names from here, and does not look at the version of an upstream.
+* Each entry is a small function, or data, with a line that says what is relied on. `tests/contracts` checks it against
+  the installed upstream.
+* Nothing here uses anything of FlashNorm but its errors.
 """

@@ -1,4 +1,4 @@
-"""The arguments of an upstream's function that something of ours is wrapped around, or stands in for."""
+"""The arguments of an upstream's function that FlashNorm wraps or replaces."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -11,16 +11,16 @@ def bound(
     """A call's arguments under the names that the function itself gives them, by position or by name.
 
     Args:
-        function: the upstream's, whose signature counts.
-        known: the names of the parameters that the caller understands.
-        args, kwargs: of the call.
+        function: the upstream's function, whose signature is used.
+        known: names of the parameters that the caller understands.
+        args, kwargs: the arguments of the call.
 
     Returns:
-        The arguments that are known, as far as they were given; and the names of those that are not. One that is given
-        at its default is none: it changes nothing.
+        The known arguments that were given; and the names of the unknown ones. An unknown argument that is given its
+        default value is left out, because it changes nothing.
 
     Raises:
-        TypeError: the function does not take such arguments.
+        TypeError: the function does not accept these arguments.
     """
     signature = inspect.signature(function)
     arguments: dict[str, Any] = {}

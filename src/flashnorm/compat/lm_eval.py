@@ -1,10 +1,10 @@
-"""What is asked of lm-eval: its type `hf`, and which options of it are known. All is imported late.
+"""What FlashNorm relies on in lm-eval: the model type `hf`, and the options of it that are known.
 
-The registry, the command and the class `HFLM` are documented for those who add a model type. What each option does, and
-what `HFLM` hands to its auto class, is read off the code of 0.4.13.
+lm-eval documents the registry, the command and the class `HFLM` for adding a model type. What each option does, and
+what `HFLM` passes to its auto class, was read from the code of version 0.4.13. Only the functions import lm-eval.
 """
 
-# Types are checked where lm-eval is not installed.
+# Types are also checked in environments without lm-eval.
 # pyright: reportMissingImports=false
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,7 +13,7 @@ from typing import Any
 
 from flashnorm.errors import InputError
 
-# Options of `hf` that say how it evaluates, and where the model goes.
+# Options of `hf` that say how to evaluate, and on which device.
 EVALUATING = frozenset((
     "backend", "tokenizer", "truncation", "logits_cache", "max_length", "device", "dtype", "softmax_dtype",
     "mixed_precision_dtype", "batch_size", "max_batch_size", "trust_remote_code", "use_fast_tokenizer",
@@ -21,7 +21,7 @@ EVALUATING = frozenset((
     "think_end_token", "enable_thinking", "chat_template_args",
 ))  # fmt: skip
 
-# Those that load something else, or in another way -> what they are at when they are not used.
+# Option of `hf` that changes what is loaded, or how -> the values at which it has no effect.
 OTHERWISE: Mapping[str, tuple[Any, ...]] = {
     "revision": ("main", None),
     "subfolder": ("",),
@@ -33,7 +33,7 @@ OTHERWISE: Mapping[str, tuple[Any, ...]] = {
     "delta": (None,),
 }
 
-# Arguments of Transformers' `from_pretrained`, which `HFLM` hands on to it with what it makes of the options above.
+# Arguments that `HFLM` derives from its options and passes to Transformers' `from_pretrained`.
 LOADING = frozenset((
     "dtype", "trust_remote_code", "quantization_config", "device_map", "max_memory", "offload_folder",
     "attn_implementation", "experts_implementation",
@@ -62,14 +62,14 @@ def command() -> Callable[[], Any]:
 
 
 def check_options(options: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse options of which it is not known what they do, and those that load something else.
+    """Refuse unknown options, and options that change what is loaded.
 
     Args:
-        options: given to `HFLM`, or by it to its auto class.
-        known: those that fit there, besides what `OTHERWISE` says.
+        options: what was passed to `HFLM`, or what `HFLM` passes to its auto class.
+        known: the options that are accepted there. Those in `OTHERWISE` are accepted if they have no effect.
 
     Raises:
-        InputError: there is such an option.
+        InputError: an option is refused.
     """
     if used := [name for name, unused in OTHERWISE.items() if name in options and options[name] not in unused]:
         raise InputError(

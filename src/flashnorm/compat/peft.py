@@ -1,4 +1,4 @@
-"""What is asked of PEFT beyond its documented interface, and of Transformers around it. Needs no PEFT itself."""
+"""What FlashNorm relies on in PEFT, and in Transformers' support of it. This file does not import PEFT."""
 
 from collections.abc import Iterator
 from operator import attrgetter
@@ -8,11 +8,11 @@ from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 config_file = find_adapter_config_file
-"""The place of an adapter's `adapter_config.json`, a folder or hub id being given; None if it has none."""
+"""The path of an adapter's `adapter_config.json`, given the adapter's folder or hub id; None if it has none."""
 
 
 def wrappers(model: nn.Module, path: str) -> Iterator[Any]:
-    """PEFT's modules around a module, and around those that it is in."""
+    """PEFT's wrappers around a module, and around the modules that contain it."""
     module: Any = model
     for part in path.split("."):
         module = getattr(module, part)
@@ -22,5 +22,5 @@ def wrappers(model: nn.Module, path: str) -> Iterator[Any]:
 
 
 def holds(wrapper: Any, adapter: str) -> bool:
-    """Whether one of PEFT's modules has weights of an adapter."""
+    """Whether one of PEFT's wrappers has weights of an adapter."""
     return any(adapter in attrgetter(name)(wrapper) for name in wrapper.adapter_layer_names)

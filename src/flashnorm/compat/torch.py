@@ -1,36 +1,36 @@
-"""What is asked of PyTorch beyond its documented interface.
+"""What FlashNorm relies on in PyTorch beyond its documented interface.
 
-Used elsewhere without a function here, as they are what these interfaces are about: ATen's operators
-(`torch.ops.aten.*`, the table of `trace/rules.py`) with `overloadpacket`, which a dispatch mode is handed.
+There are no functions here for ATen's operators (`torch.ops.aten.*`) and their `overloadpacket`, which a dispatch mode
+gets. The table in `trace/rules/` uses them directly, because it is a table of these operators.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
-    "TorchDispatchMode",  # sees every ATen operator, under all that autograd and composite operators do
-    "TorchFunctionMode",  # sees every function and method of PyTorch that is called, before it runs
+    "TorchDispatchMode",  # sees every ATen operator, below autograd and composite operators
+    "TorchFunctionMode",  # sees every call of a function or method of PyTorch, before it runs
     "calls_itself",
     "children",
+    "compute_alone",
     "forward_hooks",
     "has_hooks",
     "is_mutable",
     "memory_of",
-    "module_registrations",
+    "note_reads",
     "surroundings",
-    "tree_leaves",  # all that is in nested lists, tuples and dictionaries, in order; anything else is a leaf itself
-    "tree_map",  # the same nest, with a function's results for its leaves
+    "tree_leaves",  # the leaves of nested lists, tuples and dictionaries, in order; anything else is a leaf
+    "tree_map",  # the same nesting, with a function applied to each leaf
     "with_parameters",
     "without_modes",
     "written",
@@ -41,12 +41,12 @@ without_modes = _disable_current_modes
 
 
 def memory_of(tensor: Tensor) -> int:
-    """A number that tensors have in common if and only if they share memory, on the meta device too."""
+    """A number that is equal for two tensors if and only if they share memory, also on the meta device."""
     return tensor.untyped_storage()._cdata
 
 
 def is_mutable(operator: Any) -> bool:
-    """Whether an operator, as a dispatch mode is handed it, writes into one of its arguments."""
+    """Whether an operator, as a dispatch mode gets it, writes into one of its arguments."""
     return operator._schema.is_mutable
 
 
@@ -56,29 +56,51 @@ def written(operator: Any, args: Any) -> list[Tensor]:
     return [value for argument, value in declared if argument.is_write and isinstance(value, Tensor)]
 
 
-@contextmanager
-def module_registrations(seen: Callable[[], None]) -> Iterator[None]:
-    """Call a function whenever a module becomes part of another one, in any thread."""
+def compute_alone() -> None:
+    """Make PyTorch's operators in the calling thread use only this thread, until the thread ends.
 
-    def hook(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        seen()
+    Only for threads that FlashNorm starts, because nothing is restored. `torch.set_num_threads` would not do: threads
+    that start later, including the user's, inherit its number. The OpenMP that PyTorch is linked to has a number for
+    each thread, and this function sets it. Without OpenMP, nothing changes.
+    """
+    torch.get_num_threads()  # PyTorch sets OpenMP's number in the first call in a thread, so that call must come first
+    set_number = getattr(_LIBRARY, "omp_set_num_threads", None)
+    if set_number is not None:
+        set_number(1)
 
-    handle = register_module_module_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+
+_LIBRARY = ctypes.CDLL(torch._C.__file__)
+
+
+class _NotedParameters(dict[str, nn.Parameter | None]):
+    """A module's parameters; calls `noted` whenever one of them is read as an attribute of the module."""
+
+    noted: Callable[[str], None]
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        self.noted(name)
+        return super().__getitem__(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def note_reads(module: nn.Module, noted: Callable[[str], None]) -> None:
+    """From now on, call `noted` with the name of each parameter that is read as an attribute of the module."""
+    parameters = _NotedParameters(module._parameters)
+    parameters.noted = noted
+    module._parameters = parameters
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> nn.Module:
-    """A shallow copy of a module with these parameters for its own, which keeps those that it has."""
+    """A shallow copy of a module that has these parameters instead; the module itself keeps its own."""
     probe = copy.copy(module)
     probe._parameters = dict(parameters)
     return probe
 
 
 def calls_itself(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's `forward` and nothing else: no hook, and no `forward` of its own."""
+    """Whether a call of the module runs only its class's `forward`: it has no hook and no `forward` of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in vars(module)
 
@@ -103,14 +125,14 @@ def forward_hooks(module: nn.Module) -> dict[int, object]:
 
 
 def children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """A module's direct submodules by name, without a copy."""
+    """A module's direct submodules by name (not copied)."""
     return module.__dict__["_modules"]
 
 
 def surroundings() -> str | None:
-    """What is going on around the caller that has to see every operator or every module; None if nothing is.
+    """What is active around the caller and has to see every operator or module; None if nothing is.
 
-    A fused kernel is one opaque operator: it would be passed over by all of these.
+    A fused kernel is one opaque operator, so it would hide the model's operators from all of these.
     """
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
@@ -136,5 +158,5 @@ def _function_modes() -> list[object]:
 
 
 def _only_sets_device(mode: object) -> bool:
-    """Whether a mode is `with torch.device(...)`, which says where new tensors are made."""
+    """Whether a mode is `with torch.device(...)`, which only sets the device of new tensors."""
     return type(mode).__name__ == "DeviceContext" and type(mode).__module__ == "torch.utils._device"

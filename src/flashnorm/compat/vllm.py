@@ -1,9 +1,9 @@
-"""What is asked of vLLM beyond its documented interface. Nothing of it is imported before a function here is called.
+"""What FlashNorm relies on in vLLM beyond its documented interface. Only the functions import vLLM.
 
-Used elsewhere without a function here: the fields of vLLM's configs (`VllmConfig` and those in it), which it documents.
+There are no functions here for the fields of vLLM's configs (`VllmConfig` and those in it), which vLLM documents.
 """
 
-# Types are checked where vLLM is not installed.
+# Types are also checked in environments without vLLM.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import inspect
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 
 def version() -> str:
-    """The version that is installed."""
+    """The installed version of vLLM."""
     import vllm
 
     return vllm.__version__
 
 
-# --- functions that the plugin is wrapped around
+# --- functions that the plugin wraps
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Function:
     """A function of vLLM.
 
     Attributes:
-        place: the module or the class where vLLM looks it up when it calls it.
-        name: its name there.
-        parameters: those whose meaning is known.
-        needed: those without which a wrapper is of no use.
+        place: the module or class where vLLM looks the function up when it calls it.
+        name: the function's name there.
+        parameters: names of the parameters whose meaning is known.
+        needed: names of the parameters that a wrapper needs.
     """
 
     place: str
@@ -43,11 +43,11 @@ class Function:
     needed: tuple[str, ...] = ()
 
     def owner(self) -> Any:
-        """The module or the class. Raises `ImportError` or `AttributeError` where there is none."""
+        """The module or class at `place`. Raises `ImportError` or `AttributeError` if there is none."""
         return pkgutil.resolve_name(self.place)
 
     def lacks(self) -> str | None:
-        """Why it cannot be wrapped: it is not there, or has no parameter of a name that is needed. None if it can."""
+        """Why the function cannot be wrapped (it does not exist, or lacks a needed parameter); None if it can."""
         try:
             found = inspect.signature(getattr(self.owner(), self.name)).parameters
         except (ImportError, AttributeError) as error:
@@ -58,25 +58,25 @@ class Function:
 
 _LOADERS = "vllm.model_executor.model_loader."
 
-# In the first process: from all arguments to a `VllmConfig`.
+# Runs in the first process: makes a `VllmConfig` of all arguments.
 CREATE_CONFIG = Function(
     "vllm.engine.arg_utils:EngineArgs", "create_engine_config", ("self", "usage_context", "headless")
 )
-# In each: from a config to a model without its weights' values.
+# Runs in each process: makes a model of a config, before the weights are loaded.
 INITIALIZE = Function(
     _LOADERS + "base_loader",
     "initialize_model",
     ("vllm_config", "prefix", "model_class", "model_config"),
     needed=("vllm_config",),
 )
-# In each, when all files were read: `ValueError` if a parameter was in none of them. `quantized`: not before 0.32.
+# Runs in each process after all files were read; `ValueError` if no file has a parameter. `quantized`: since 0.32.
 TRACK_LOADING = Function(
     _LOADERS + "default_loader:DefaultModelLoader",
     "track_weights_loading",
     ("self", "model", "loaded_weights", "quantized"),
     needed=("model",),
 )
-# In each, for an adapter that is not in memory.
+# Runs in each process, for an adapter that is not in memory yet.
 _LOADS = ("self", "lora_request")
 LOAD_ADAPTER = Function("vllm.lora.worker_manager:WorkerLoRAManager", "_load_adapter", _LOADS, needed=_LOADS)
 
@@ -87,7 +87,7 @@ def base_of_adapters(manager: Any) -> nn.Module:
 
 
 def adapter_folder(request: Any) -> Path:
-    """Where the files of a `LoRARequest` are; fetched, if it names a repository."""
+    """The folder with the files of a `LoRARequest`; they are fetched if it names a repository."""
     from vllm.lora.utils import get_adapter_absolute_path
 
     return Path(get_adapter_absolute_path(request.lora_path))
@@ -95,7 +95,7 @@ def adapter_folder(request: Any) -> Path:
 
 # --- a model's parts
 
-# Its norms: class -> the weight that multiplies by one. Exact classes: a subclass may compute something else.
+# Class of a norm -> its identity value. Only these exact classes, because a subclass may compute something else.
 _LAYERS = "vllm.model_executor.layers."
 _FUSERS = "vllm.model_executor.models.transformers.fusers.rms_norm."
 NORMS = {
@@ -105,7 +105,7 @@ NORMS = {
     _FUSERS + "TPAwareGemmaRMSNorm": 0.0,
     "torch.nn.modules.normalization.LayerNorm": 1.0,
     _LAYERS + "layernorm.LayerNorm": 1.0,
-    # These keep their code, with a constant for the weight.
+    # The following classes keep their code, and a constant replaces the weight.
     _LAYERS + "layernorm.RMSNormGated": 1.0,
     _LAYERS + "mamba.mamba_mixer2.Mixer2RMSNormGated": 1.0,
     "vllm.model_executor.models.commandr.LayerNorm": 1.0,
@@ -114,7 +114,7 @@ NORMS = {
 
 
 def changed_part() -> str | None:
-    """What is needed to build norms without weight, and is not there as it must be; None if all is."""
+    """What vLLM lacks that is needed to build norms without weight; None if nothing is missing."""
     try:
         from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm  # noqa: F401
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # noqa: F401
@@ -130,45 +130,45 @@ def changed_part() -> str | None:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is vLLM's RMSNorm, which calls its operator without weight where its flags say so (0.25)."""
+    """Whether a module is vLLM's RMSNorm, which has flags for calling its operator without weight (0.25)."""
     from vllm.model_executor.layers.layernorm import RMSNorm
 
     return isinstance(module, RMSNorm)
 
 
 def is_gemma_norm(module: nn.Module) -> bool:
-    """Whether a module is vLLM's norm that multiplies by `1 + w`, which has no such flags."""
+    """Whether a module is vLLM's norm that multiplies by `1 + w`; it has no flags for leaving the weight out."""
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
     return isinstance(module, GemmaRMSNorm)
 
 
 def pass_no_weight(norm: Any) -> None:
-    """Let an RMSNorm call its operators without weight, as one that was built with `has_weight=False` does."""
+    """Make an RMSNorm call its operators without weight, like a norm that was built with `has_weight=False`."""
     norm.has_weight = norm.pass_weight = norm.pass_weight_add = False
 
 
 def change_class(operator: Any, new: type) -> None:
-    """Make a vLLM `CustomOp` one of another class: it keeps the method that was chosen for the class that it had."""
+    """Change the class of a vLLM `CustomOp`, and its chosen method, which is still bound to the old class."""
     operator.__class__ = new
     method = operator._forward_method
     operator._forward_method = getattr(operator, method.__name__) if hasattr(method, "__self__") else method
 
 
 def weightless_operators() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    """`rms_norm(x, weight, eps)` and `fused_add_rms_norm(x, residual, weight, eps)`, whose weight may be None."""
+    """`rms_norm(x, weight, eps)` and `fused_add_rms_norm(x, residual, weight, eps)`; the weight may be None."""
     from vllm import ir
 
     return ir.ops.rms_norm, ir.ops.fused_add_rms_norm
 
 
 def nothing_to_reload(buffer: Tensor) -> None:
-    """Let vLLM not wait for a value for this buffer when weights are reloaded."""
+    """Make vLLM not expect a value for this buffer when weights are reloaded."""
     buffer.weight_loader_numel = 0  # type: ignore[attr-defined]
 
 
 def note_for_reloading(module: nn.Module) -> None:
-    """Let vLLM take what the module holds now for what it was built with, which it restores before a reload."""
+    """Make vLLM record the module's current parameters as its original ones, which it restores before a reload."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
     from vllm.model_executor.model_loader.reload.meta import capture_layer_to_meta
 
@@ -176,14 +176,14 @@ def note_for_reloading(module: nn.Module) -> None:
 
 
 def renaming(model: nn.Module) -> Callable[[str], str | None]:
-    """From the checkpoint's names to the model's, before parts are merged; None for a tensor that is not loaded."""
+    """A function from a checkpoint's names to the model's, before parts are merged; None if not loaded."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    # `_map_name` in 0.27.
+    # 0.27 calls it `_map_name`.
     return getattr(mapper, "map_name", None) or getattr(mapper, "_map_name", None) or (lambda name: name)
 
 
 def on_other_stages(model: nn.Module) -> list[str]:
-    """The names of the modules that other stages of a pipeline have."""
+    """The names of the modules that are on other stages of a pipeline."""
     from vllm.model_executor.models.utils import get_pp_missing_layer_names
 
     return get_pp_missing_layer_names(model)

@@ -1,11 +1,11 @@
-"""lm-eval (EleutherAI's lm-evaluation-harness): its command, with one model type more, `flashnorm`.
+"""lm-eval (EleutherAI's lm-evaluation-harness): its command, with the additional model type `flashnorm`.
 
     python -m flashnorm.integrations.lm_eval --model flashnorm --model_args pretrained=OUT --tasks TASKS ...
 
-* lm-eval looks its model types up in a table of its own and knows no entry points, so that a module has to be imported
-  before its command runs. This one is it, and is the command as well. In Python, the import is enough:
+* lm-eval looks model types up in its own table and has no entry points, so a module must be imported before its command
+  runs. This module adds the type and runs the command. In Python, the import is enough:
   `import flashnorm.integrations.lm_eval; lm_eval.simple_evaluate(model="flashnorm", ...)`.
-* The type is lm-eval's `hf` in all but the loading, which is `flashnorm.load`: norms without weights, fused kernels.
+* The type is lm-eval's `hf`, except that `flashnorm.load` loads the model: norms without weights, fused kernels.
 """
 
 import sys
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from flashnorm.compat import lm_eval
 from flashnorm.errors import InputError
-from flashnorm.runtime.load import load
+from flashnorm.models.load import load
 
 try:
     HFLM: Any = lm_eval.hf_type()
@@ -27,7 +27,7 @@ except ImportError as error:
 
 
 class _Loader:
-    """Stands where `HFLM` has an auto class of Transformers."""
+    """Replaces the auto class of Transformers in `HFLM`."""
 
     @staticmethod
     def from_pretrained(folder: str, **options: Any) -> PreTrainedModel:
@@ -37,10 +37,10 @@ class _Loader:
 
 @lm_eval.register("flashnorm")
 class FlashNormLM(HFLM):
-    """A FlashNorm checkpoint, loaded by `flashnorm.load`; the options of `hf`, but for those that load something else.
+    """A FlashNorm checkpoint, loaded by `flashnorm.load`. It has the options of `hf` that do not change what is loaded.
 
     Raises:
-        InputError: it is no FlashNorm checkpoint, or a damaged one, or an option does not fit it, or is not known.
+        InputError: `pretrained` is no FlashNorm checkpoint or a damaged one, or an option is unknown or does not fit.
     """
 
     AUTO_MODEL_CLASS = _Loader

@@ -1,13 +1,13 @@
-"""What the tracer knows about a tensor: whose parameter it is, and which gains it carries on which channels.
+"""What the tracer knows about a tensor: which parameter it is a view of, and which gains it carries on which channels.
 
-* A tensor *carries* gain `g` if it equals its value in the folded model times `g[index]`, where `index` is a tensor
-  of its own shape: the channel of the gain at every element, or -1 where there is none.
-* It is *shifted* by a norm's bias if it is the sum of what it would be without that bias and `bias[index]`.
-* A tensor that is nothing but a parameter's elements moved about is a *view*; one index tensor per axis of the
-  parameter says where every element comes from.
-* A tensor that several such tensors were joined to has *parts*: views that say which of its elements are theirs.
-* So an operator that only moves data needs no rule of its own: it is run on the index tensors. They are expanded
-  (stride 0) wherever they are constant, so a view of a gigabyte costs a few kilobytes.
+* A tensor *carries* gain `g` if it equals its value in the folded model times `g[index]`. The tensor `index` has the
+  same shape and holds the channel of the gain for every element, or -1 where there is none.
+* A tensor is *shifted* by a norm's bias if it equals its value without that bias plus `bias[index]`.
+* A tensor that holds elements of one parameter, moved but not computed with, is a *view*; one index tensor per axis of
+  the parameter says where every element comes from.
+* A tensor that several views were joined to has *parts*: views that say which of its elements are theirs.
+* An operator that only moves elements is run on the index tensors themselves. Index tensors are expanded (stride 0)
+  wherever they are constant, so a view of a gigabyte costs a few kilobytes.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,8 @@ class View:
         name: the parameter.
         shape: the parameter's shape.
         coordinates: for each axis of the parameter, the index along it of every element of this tensor.
-        mask: which elements of this tensor are the parameter's: all, unless it is a part of something joined. The
-            coordinates of others mean nothing.
+        mask: which elements of this tensor are the parameter's: all, unless the view is a part of a joined tensor. The
+            coordinates of other elements mean nothing.
         offset: a constant that was added (1.0 in Gemma's `1 + weight`).
     """
 
@@ -66,7 +66,7 @@ class View:
         return [replace(self, mask=mask, coordinates=tuple(coordinates)) for mask, *coordinates in moved]
 
     def channels(self) -> Tensor:
-        """The flat index into the parameter of every element."""
+        """For every element, its flat index in the parameter."""
         flat = torch.zeros((), dtype=torch.long)
         stride = 1
         for size, coordinate in zip(reversed(self.shape), reversed(self.coordinates), strict=True):
@@ -80,14 +80,14 @@ class Value:
     """What is known of a tensor. The default, `PLAIN`, is an activation that carries no gain.
 
     Attributes:
-        view: the parameter that it is a view of, if it is.
-        gains: gain parameter -> channel index of every element (see the module's notes).
-        shifts: norm bias -> the same; only as long as the tensor is moved and nothing else.
-        normalised: it has been divided by a root mean square or a norm, or is the tanh of a DyT.
+        view: the tensor as a view of a parameter, if it is one.
+        gains: gain parameter -> channel index of every element (see the module's docstring).
+        shifts: norm bias -> channel index of every element; kept only while the elements are moved, not computed with.
+        normalised: it has been divided by a root mean square or a vector norm, or is the tanh of a DyT.
         statistic: it is such a divisor (or its reciprocal).
         zero: it is zero by construction.
-        unknown: an operator without a rule made it of something tracked, so nothing can be said of what it holds.
-        parts: the views that were joined to it, as long as it is moved and nothing else.
+        unknown: an operator without a rule made it from a tracked tensor, so nothing is known of its elements.
+        parts: the views that were joined to it; kept only while the elements are moved, not computed with.
     """
 
     view: View | None = None
@@ -101,7 +101,7 @@ class Value:
 
     @property
     def tracked(self) -> bool:
-        """Whether any operator on it must be accounted for."""
+        """Whether the tracer must account for every operator on it."""
         return self.view is not None or bool(self.gains) or bool(self.parts)
 
 
@@ -110,10 +110,10 @@ LOST = Value(unknown=True)
 
 
 def written_once(index: Tensor, but: int | None = None) -> Tensor:
-    """The index without its expanded dimensions: what was expanded is constant, and need not be read more than once.
+    """The index with its expanded dimensions, along which it is constant, reduced to size 1: there is less to read.
 
     Args:
-        index: of a value or a view.
+        index: an index tensor of a value or a view.
         but: a dimension that stays as it is.
     """
     for dim, stride in enumerate(index.stride()):
@@ -141,7 +141,7 @@ def constant_except(index: Tensor, dim: int) -> bool:
 
 
 def without_zeros(index: Tensor, dim: int) -> Tensor:
-    """The index with its zeros taken for whatever the others at the same place of `dim` are."""
+    """The index with each `ZERO` replaced by the channel of the other elements at the same position of `dim`."""
     if not (written_once(index) == ZERO).any():
         return index
     others = tuple(other for other in range(index.dim()) if other != dim % index.dim())

@@ -1,23 +1,25 @@
-"""Is a converted checkpoint the same model as its source? Bit for bit in its weights, and in what it computes.
+"""Is a converted checkpoint the same model as its source? Compares the weights bit for bit, and the models' outputs.
 
-Without the source, `integrity.py` says what can be said.
+`integrity.py` checks what can be checked without the source.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import overload
 
-from flashnorm.acceptance import check_dtypes, check_shapes
-from flashnorm.checkpoint.reader import Checkpoint
-from flashnorm.checkpoint.source_files import open_file
 from flashnorm.errors import InputError
+from flashnorm.files.reader import Checkpoint
 from flashnorm.hub import local_folder
-from flashnorm.planning import plan_checkpoint
+from flashnorm.planning.checks import check_dtypes, check_shapes
+from flashnorm.planning.planned import plan_checkpoint
 from flashnorm.verify.conversion import Conversion
 from flashnorm.verify.integrity import IntegrityReport, verify_integrity
-from flashnorm.verify.outputs import OutputsReport, verify_outputs
+from flashnorm.verify.manifest import patterns_to_keep
+from flashnorm.verify.outputs import compare_outputs, verify_outputs
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.range import without_too_large
 from flashnorm.verify.report import VerifyReport
+from flashnorm.verify.text import read_text
 from flashnorm.verify.weights import WeightsReport, verify_weights
 
 __all__ = [
@@ -37,6 +39,8 @@ def verify(
     model: str | Path,
     out: str | Path,
     *,
+    revision: str | None = ...,
+    subfolder: str = ...,
     weights_only: bool = ...,
     text: str | Path | None = ...,
     progress: Callable[[int, int], object] | None = ...,
@@ -50,6 +54,8 @@ def verify(
     model: str | Path,
     out: str | Path | None = None,
     *,
+    revision: str | None = ...,
+    subfolder: str = ...,
     weights_only: bool = ...,
     text: str | Path | None = ...,
     progress: Callable[[int, int], object] | None = ...,
@@ -62,26 +68,31 @@ def verify(
     model: str | Path,
     out: str | Path | None = None,
     *,
+    revision: str | None = None,
+    subfolder: str = "",
     weights_only: bool = False,
     text: str | Path | None = None,
     progress: Callable[[int, int], object] | None = None,
     stage: Callable[[str], object] | None = None,
     trust_remote_code: bool = False,
 ) -> VerifyReport | IntegrityReport:
-    """Compare a converted checkpoint with its source; or, given it alone, check what can be checked without one.
+    """Compare a converted checkpoint with its source, or check what can be checked without the source.
 
     Args:
-        model: folder or hub id of the source, or of the converted checkpoint if that is all there is.
-        out: folder of the converted checkpoint; None to check `model` alone, with `weights_only`.
+        model: folder or hub id of the source, or of the converted checkpoint if `out` is None.
+        out: folder of the converted checkpoint; None to check `model` alone, which requires `weights_only`.
+        revision: branch, tag or commit of `model`, if that is a hub id; None for its main branch.
+        subfolder: the folder of the model, relative to `model`.
         weights_only: do not run the models.
-        text: what to run them on: a text, or the path of a file that holds it; None for the one in the package.
-        progress: called with the bytes of weights compared so far, and in all; then, in each run, used so far.
-        stage: called with a few words on what is being run, before each run of a model.
+        text: the text to run the models on, or the path of a file that holds it; None for the package's own text.
+        progress: called with the bytes of weights done so far and in total: first while weights are compared, then in
+            each run of a model.
+        stage: called before each run of a model with a few words that say what is run.
         trust_remote_code: run code that the checkpoints carry.
 
     Raises:
-        InputError: one of the two is no readable checkpoint, the source's model cannot be planned, the text file
-            cannot be read, or outputs are to be compared with those of a source that is not given.
+        InputError: a checkpoint cannot be read, the source's model cannot be planned, the text file cannot be read, or
+            `out` is None without `weights_only`.
     """
     if out is None:
         if not weights_only:
@@ -89,17 +100,20 @@ def verify(
                 f"{model}: expected a source and its conversion, found one folder; give both, or check the converted "
                 "one alone, as far as that goes, with --weights-only (weights_only=True)"
             )
-        return verify_integrity(model, progress=progress, trust_remote_code=trust_remote_code)
+        return verify_integrity(
+            model, revision=revision, subfolder=subfolder, progress=progress, trust_remote_code=trust_remote_code
+        )
     if isinstance(text, Path):
-        text = _read_text(text)
-    folder, converted = local_folder(model), Path(out)
-    original, result = Checkpoint.open(folder), Checkpoint.open(converted)
-    # The plan is made afresh; only whether the head was untied is taken from the result, and it is checked against it.
+        text = read_text(text)
+    original, result = Checkpoint.open(local_folder(model, revision, subfolder)), Checkpoint.open(out)
+    # The plan is made afresh from the source. Whether the head was untied and which norms were to be kept is read from
+    # the result, and checked against it.
     untie = _untied(result) and not _untied(original)
-    plan, names = plan_checkpoint(original, untie=untie, trust_remote_code=trust_remote_code)
-    plan, names = without_too_large(original, result, plan, names)
-    check_shapes(original, names)
-    check_dtypes(original, names)
+    keep = patterns_to_keep(result.folder)
+    planned = plan_checkpoint(original, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
+    planned = without_too_large(planned, result)
+    check_shapes(original, planned.tensors)
+    check_dtypes(original, planned.tensors)
     total = sum(info.nbytes for info in result.tensors.values())
     done = 0
 
@@ -109,13 +123,14 @@ def verify(
         if progress is not None:
             progress(done, total)
 
-    weights = verify_weights(folder, converted, names, plan, advance=advance)
+    weights = verify_weights(planned, result, advance=advance)
     outputs = None
     if not weights_only:
         try:
-            outputs = verify_outputs(
-                folder,
-                converted,
+            outputs = compare_outputs(
+                original,
+                # The plan of the result, not of the source, because everyone who loads the result uses this plan.
+                plan_checkpoint(result, trust_remote_code=trust_remote_code),
                 text=text,
                 trust_remote_code=trust_remote_code,
                 stage=stage or (lambda words: None),
@@ -124,18 +139,10 @@ def verify(
         except InputError as error:
             if weights.ok:
                 raise
-            # The weights are other ones than they must be, and this is what comes of it.
+            # The weights are wrong, which is reported already; the failed run follows from that.
             outputs = OutputsReport(skipped=f"a model could not be run ({error})")
-    conversion = Conversion.of(original, result, plan, names)
-    return VerifyReport(str(model), str(converted), conversion, weights, outputs)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with open_file(path) as file:
-            return file.read().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a text file in UTF-8, cannot read it ({error})") from error
+    conversion = Conversion.of(planned, result)
+    return VerifyReport(str(model), str(Path(out)), conversion, weights, outputs)
 
 
 def _untied(checkpoint: Checkpoint) -> bool:

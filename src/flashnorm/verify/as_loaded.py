@@ -1,17 +1,15 @@
-"""The converted model as `flashnorm.load` gives it by default: what people run is judged as well.
+"""Runs the converted model as `flashnorm.load` gives it by default, because that is what people run.
 
-The other runs of a verification use the model's own code. Here the fused kernels run, where they apply.
+The other runs of a verification use the model's own code; here the fused kernels run if they support the model.
 """
 
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from flashnorm.runtime.load import load
+from flashnorm.models.load import Loading, use_kernels
 from flashnorm.verify.measures import MAX_RATIO, Criterion, Greedy, Run, same_text, within
 from flashnorm.verify.runs import ROOM, Outputs, available_memory, outputs_of, quiet
 
@@ -23,9 +21,9 @@ class AsLoaded:
     """What the model computes as `flashnorm.load` gives it.
 
     Attributes:
-        path: what runs: the fused kernels, or the model's own code, and why.
-        run: over the text, in the checkpoint's dtype; None if it does not fit into memory.
-        greedy: continuations in float32; None if it does not fit.
+        path: what ran: the fused kernels, or the model's own code and why.
+        run: the run over the text in the checkpoint's dtype; None if the model does not fit into memory.
+        greedy: the greedy continuations in float32; None if the model does not fit into memory.
     """
 
     path: str
@@ -33,7 +31,13 @@ class AsLoaded:
     greedy: Greedy | None = None
 
     def criteria(self, dtype: str, source: Run, floor: float) -> tuple[Criterion, ...]:
-        """Those of the other runs; `source` in `dtype`, the checkpoint's, and the KL that is as good as none."""
+        """The criteria of the other runs, for this one.
+
+        Args:
+            dtype: the checkpoint's dtype, in words.
+            source: the source's run in that dtype.
+            floor: the KL divergence that counts as zero.
+        """
         where = f"{_PATH} ({self.path})"
         found: list[Criterion] = []
         if self.run is not None:
@@ -46,31 +50,31 @@ class AsLoaded:
 
     @property
     def unchecked(self) -> str | None:
-        """What was not run, in words."""
+        """What was not run, in words; None if everything was run."""
         missing = [words for words, part in (("the text", self.run), ("greedy text", self.greedy)) if part is None]
         return f"{' and '.join(missing)} {_PATH}: it does not fit into memory beside the rest" if missing else None
 
 
-def loaded_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, str]:
-    """The model in a dtype, and what runs."""
-    from flashnorm.runtime.status import status
+def loaded_model(loading: Loading, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
+    """The model in a dtype, and words that say what runs (see `AsLoaded.path`)."""
+    from flashnorm.models.status import status
 
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no kernels is said by `path`
-        model = load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    with quiet():
+        model = loading.load(dtype=dtype)
+        use_kernels(model)  # without the warning that there are no kernels, as the status says so
         return model, status(model).in_words
 
 
-def loaded_outputs(folder: Path, dtype: torch.dtype, tokens: Tensor, trust_remote_code: bool) -> tuple[Outputs, str]:
-    """Logits and hidden states for `tokens`, `[tokens]`, and what ran."""
-    model, path = loaded_model(folder, dtype, trust_remote_code)
+def loaded_outputs(loading: Loading, dtype: torch.dtype, tokens: Tensor) -> tuple[Outputs, str]:
+    """Logits and hidden states for `tokens`, `[tokens]`, and words that say what ran."""
+    model, path = loaded_model(loading, dtype)
     with torch.inference_mode():
         return outputs_of(model, tokens), path
 
 
-def loaded_continuation(folder: Path, prompt: Tensor, steps: int, trust_remote_code: bool) -> Tensor:
-    """In float32, the most likely tokens after a prompt, `[steps]`, by `generate` as people call it."""
-    model, _ = loaded_model(folder, torch.float32, trust_remote_code)
+def loaded_continuation(loading: Loading, prompt: Tensor, steps: int) -> Tensor:
+    """The greedy continuation of a prompt in float32, `[steps]`, by an ordinary call of `generate`."""
+    model, _ = loaded_model(loading, torch.float32)
     model.generation_config = GenerationConfig(max_new_tokens=steps, do_sample=False, pad_token_id=0)
     with quiet():
         text = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]))  # type: ignore[operator]
@@ -78,7 +82,6 @@ def loaded_continuation(folder: Path, prompt: Tensor, steps: int, trust_remote_c
 
 
 def fits(model: nn.Module, dtype: torch.dtype, besides: int) -> bool:
-    """Whether a model, here on the meta device, fits into memory in a dtype, with so many bytes besides."""
-    available = available_memory()
+    """Whether a model (given on the meta device) fits into memory in a dtype, with `besides` more bytes."""
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    return available is None or weights + besides + ROOM <= available
+    return weights + besides + ROOM <= available_memory()

@@ -1,8 +1,9 @@
-"""Are the biases that a fold changes correctly rounded? Decided exactly, in NumPy, apart from `fold.py`'s arithmetic.
+"""Are the biases that a fold changes correctly rounded? Decided exactly, in NumPy, without `arithmetic.py`.
 
-* A linear's bias that takes a norm's is the sum `c + W beta`, enclosed from both sides in float64: rounding is
-  monotonic. The few sums that this leaves open are done in rational numbers.
-* A norm's bias that stays is the quotient `beta / g`, a rational number.
+* A linear layer's bias that takes a norm's bias is the sum `c + W beta`. A lower and an upper bound of the sum are
+  computed in float64. Rounding is monotonic, so if both bounds round to the same value, that value is right; the few
+  other sums are computed in rational numbers.
+* The bias of a folded norm that is not moved into the linear layers is the quotient `beta / g`, a rational number.
 """
 
 import math
@@ -12,26 +13,27 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from flashnorm.checkpoint.names import BiasFold, CheckpointPlan, GainUse
-from flashnorm.checkpoint.reader import Checkpoint
+from flashnorm.files.reader import Checkpoint
+from flashnorm.planning.tensors import BiasFold, GainUse, TensorPlan
 from flashnorm.verify.findings import Finding
-from flashnorm.verify.products import FORMATS, Array, ExactGain, Scratch, decode, nearest
+from flashnorm.verify.formats import FORMATS, Array, Scratch, decode, nearest
+from flashnorm.verify.gains import ExactGain
 
 _BLOCK = 8 << 20  # bytes of a weight
 
 
 def check_biases(
-    source: Checkpoint, converted: Checkpoint, names: CheckpointPlan, report: Callable[[Finding], None]
+    source: Checkpoint, converted: Checkpoint, names: TensorPlan, report: Callable[[Finding], None]
 ) -> int:
     """Check every bias that the plan changes.
 
     Args:
-        source, converted: the checkpoints; what is absent or of another dtype or shape is for others to report.
-        names: the plan.
-        report: takes one `Finding` for each tensor that differs.
+        source, converted: the checkpoints. Other checks report tensors that are absent or of another dtype or shape.
+        names: the plan, in tensor names.
+        report: called with one `Finding` for each tensor that differs.
 
     Returns:
-        How many are right.
+        How many biases are right.
 
     Raises:
         InputError: a file cannot be read.
@@ -71,8 +73,8 @@ def check_biases(
     return right
 
 
-def _unreadable(source: Checkpoint, names: CheckpointPlan, name: str) -> str | None:
-    """A dtype, of the tensors that a bias is made of, that has no format."""
+def _unreadable(source: Checkpoint, names: TensorPlan, name: str) -> str | None:
+    """The first dtype without a `Format` among the tensors that a bias is computed from; None if all have one."""
     made_of = [name]
     if name in names.biases:
         fold = names.biases[name]
@@ -93,7 +95,7 @@ def _values(checkpoint: Checkpoint, name: str) -> Array:
 
 
 def _quotients(source: Checkpoint, name: str, use: GainUse) -> Array:
-    """Bit patterns of `beta / g`, of a norm with bias `name`."""
+    """Bit patterns of `beta / g` for the norm whose bias is `name`."""
     tag = source.tensors[name].dtype
     bits = np.frombuffer(source.read_bytes(name), FORMATS[tag].bits).copy()
     betas = decode(tag, bits)
@@ -104,8 +106,8 @@ def _quotients(source: Checkpoint, name: str, use: GainUse) -> Array:
     return bits
 
 
-def _sums(source: Checkpoint, names: CheckpointPlan, name: str, fold: BiasFold) -> Array:
-    """Bit patterns of `c + W beta`, of a linear with bias `name`."""
+def _sums(source: Checkpoint, names: TensorPlan, name: str, fold: BiasFold) -> Array:
+    """Bit patterns of `c + W beta` for the linear layer whose bias is `name`."""
     tag = source.tensors[name].dtype
     form, scratch = FORMATS[tag], Scratch()
     added = _values(source, name)
@@ -119,7 +121,7 @@ def _sums(source: Checkpoint, names: CheckpointPlan, name: str, fold: BiasFold) 
         with np.errstate(all="ignore"):
             total = added[rows] + weight @ beta
             size = np.abs(added[rows]) + np.abs(weight) @ np.abs(beta)
-            # Twice the bound of a sum of products: n additions and n products, each off by half an epsilon.
+            # Twice the error bound of n additions and n products, each of which is off by at most half an epsilon.
             error = size * (2 * (len(beta) + 2) * np.finfo(np.float64).eps) + 2.0**-1000
             low, high = np.empty((2, len(total)), form.bits)
             form.encode(total - error, low, scratch)
@@ -134,7 +136,7 @@ def _sums(source: Checkpoint, names: CheckpointPlan, name: str, fold: BiasFold) 
 
 
 def _spread(source: Checkpoint, fold: BiasFold, inputs: int) -> Array:
-    """The norm biases of every input channel, added up."""
+    """For each input channel, the sum of the norm biases that reach it."""
     total = np.zeros(inputs)
     for shift in fold.shifts:
         beta = _values(source, shift.bias)
@@ -144,7 +146,7 @@ def _spread(source: Checkpoint, fold: BiasFold, inputs: int) -> Array:
 
 
 def _blocks(source: Checkpoint, name: str, axis: int) -> Iterator[Array]:
-    """Blocks `[outputs, inputs]` of a weight as float64."""
+    """A weight as float64, in blocks `[outputs, inputs]` of some of its outputs."""
     tag = source.tensors[name].dtype
     for block in source.read_outputs(name, axis, _BLOCK):
         yield decode(tag, block.contiguous().view(torch.uint8).numpy().view(FORMATS[tag].bits))

@@ -1,4 +1,4 @@
-"""What a conversion changed, in numbers, and what it was made and checked with: the facts at the head of a report."""
+"""What a conversion changed, in numbers, and the versions that made and checked it: the first facts of a report."""
 
 import platform
 from dataclasses import asdict, dataclass, field
@@ -7,20 +7,21 @@ from typing import Any
 import torch
 import transformers
 
-import flashnorm
-from flashnorm.checkpoint.direct_io import sha256_of
-from flashnorm.checkpoint.names import CheckpointPlan
-from flashnorm.checkpoint.reader import Checkpoint
-from flashnorm.checkpoint.small_files import MANIFEST_FILE
 from flashnorm.errors import InputError
+from flashnorm.files.direct_io import sha256_of
+from flashnorm.files.reader import Checkpoint
+from flashnorm.format import MANIFEST_FILE
 from flashnorm.plan import FoldPlan
+from flashnorm.planning.planned import PlannedCheckpoint
+from flashnorm.planning.tensors import TensorPlan
 from flashnorm.verify.layers import layer_kinds
-from flashnorm.verify.manifest import Manifest
+from flashnorm.verify.manifest import read_manifest
+from flashnorm.version import __version__
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many tensors a checkpoint holds, of how many bytes, in how many files; and how many of its folded norms."""
+    """How many tensors, bytes, files and folded norm tensors a checkpoint holds."""
 
     tensors: int
     nbytes: int
@@ -28,8 +29,8 @@ class Size:
     folded_norms: int
 
     @staticmethod
-    def of(checkpoint: Checkpoint, names: CheckpointPlan) -> "Size":
-        """The size of a source or a converted checkpoint, `names` saying what folds."""
+    def of(checkpoint: Checkpoint, names: TensorPlan) -> "Size":
+        """The size of a source or a converted checkpoint; `names` says which norms fold."""
         return Size(
             tensors=len(checkpoint.tensors),
             nbytes=sum(info.nbytes for info in checkpoint.tensors.values()),
@@ -40,7 +41,7 @@ class Size:
 
 def _versions() -> dict[str, str]:
     return {
-        "flashnorm": flashnorm.__version__,
+        "flashnorm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -53,12 +54,13 @@ class Conversion:
     """What was converted.
 
     Attributes:
-        plan: what folds into what, freshly made from the source.
-        before, after: the two checkpoints.
-        written_by: the release of flashnorm that wrote the result, as its manifest says; None if that cannot be read.
-        source_id, revision: hub id and commit of the source, as the manifest says.
-        manifest_sha256: of the manifest itself, in hexadecimal.
-        verified_with: the versions of what checked it.
+        plan: the plan, freshly made from the source.
+        before, after: the sizes of the source and of the converted checkpoint.
+        written_by: the release of flashnorm that wrote the result, according to its manifest; None if the manifest
+            cannot be read.
+        source_id, revision: hub id and commit of the source, according to the manifest.
+        manifest_sha256: SHA-256 of the manifest itself, in hexadecimal.
+        verified_with: the versions of the packages that ran the verification.
     """
 
     plan: FoldPlan
@@ -71,11 +73,12 @@ class Conversion:
     verified_with: dict[str, str] = field(default_factory=_versions)
 
     @staticmethod
-    def of(original: Checkpoint, result: Checkpoint, plan: FoldPlan, names: CheckpointPlan) -> "Conversion":
-        """The facts about two checkpoints; a manifest that cannot be read is a finding of the weights' comparison."""
-        sizes = Size.of(original, names), Size.of(result, names)
+    def of(planned: PlannedCheckpoint, result: Checkpoint) -> "Conversion":
+        """The facts about two checkpoints. A manifest that cannot be read is left to `verify_weights` to report."""
+        plan, names = planned.plan, planned.tensors
+        sizes = Size.of(planned.checkpoint, names), Size.of(result, names)
         try:
-            manifest = Manifest.read(result.folder)
+            manifest = read_manifest(result.folder)
             digest = sha256_of(result.folder / MANIFEST_FILE)
         except InputError:
             return Conversion(plan, *sizes)

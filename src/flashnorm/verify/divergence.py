@@ -1,4 +1,7 @@
-"""How far the predictions of one run are from those of another: small pure functions on logits, in float64."""
+"""How far the predictions of two runs are apart: small pure functions on logits, in float64.
+
+The parameter `oracle` is the reference run, the source in float64.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 
 def kl_divergences(oracle: Tensor, run: Tensor) -> Tensor:
-    """Kullback-Leibler divergence `KL(oracle || run)` of each token, in nats; NaN if a logit is.
+    """Kullback-Leibler divergence `KL(oracle || run)` of each token, in nats; NaN if a logit is NaN.
 
-    Summed as `q - p - p log(q/p)`, whose terms are all positive: the plain `p log(p/q)` cancels to no better than
-    1e-16, and two float32 runs are but 1e-12 apart.
+    It is summed as `q - p - p log(q/p)`, whose terms are never negative. The terms of the plain `p log(p/q)` cancel,
+    which leaves an error of about 1e-16, while two float32 runs are only about 1e-12 apart.
 
     Args:
         oracle, run: logits, `[tokens, vocabulary]`, any floating dtype.
@@ -30,7 +33,7 @@ def kl_divergences(oracle: Tensor, run: Tensor) -> Tensor:
 
 
 def differences(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The largest absolute difference of two logits, and the root mean square; both `[tokens, vocabulary]`."""
+    """The largest and the root mean square difference of two runs' logits, `[tokens, vocabulary]` each."""
     rows = [(x.double() - y.double()).abs() for x, y in zip(a, b, strict=True)]
     return float(torch.stack([row.max() for row in rows]).max()), math.sqrt(
         float(torch.stack([row.square().mean() for row in rows]).mean())
@@ -38,7 +41,7 @@ def differences(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def relative_error(oracle: Tensor, run: Tensor) -> float:
-    """The length of the error of a token's vector relative to the vector's own length, averaged over tokens.
+    """The norm of the error of a token's vector relative to the norm of the vector, averaged over tokens.
 
     Args:
         oracle, run: `[tokens, hidden size]`.
@@ -49,11 +52,11 @@ def relative_error(oracle: Tensor, run: Tensor) -> float:
 
 
 def farthest(oracle: Tensor, run: Tensor, count: int) -> list[tuple[int, int]]:
-    """Where a run's logits are farthest from the oracle's: `(token, entry of the vocabulary)`, the farthest first.
+    """Where a run's logits are farthest from the reference: `(token, entry of the vocabulary)`, the farthest first.
 
     Args:
         oracle, run: logits, `[tokens, vocabulary]`.
-        count: how many at most; one for each token.
+        count: how many to return at most; each token gives at most one.
     """
     largest = [(x.double() - y.double()).abs().nan_to_num(torch.inf).max(-1) for x, y in zip(oracle, run, strict=True)]
     order = sorted(range(len(largest)), key=lambda token: -float(largest[token].values))
@@ -61,10 +64,10 @@ def farthest(oracle: Tensor, run: Tensor, count: int) -> list[tuple[int, int]]:
 
 
 def sensitivity(logits: Tensor) -> float:
-    """How much an error of the logits matters: `sum p (1 - p) z^2` over the vocabulary, averaged over tokens.
+    """How strongly errors of the logits change the KL: `sum p (1 - p) z^2` over the vocabulary, averaged over tokens.
 
-    If every logit `z` is off by an independent random part `u` of itself (root mean square), the KL divergence is
-    `u ** 2 / 2` times this, to second order.
+    If every logit `z` has an independent random relative error of root mean square `u`, the KL divergence is, to second
+    order, `u ** 2 / 2` times this number.
 
     Args:
         logits: `[tokens, vocabulary]`.
@@ -77,23 +80,23 @@ def sensitivity(logits: Tensor) -> float:
 
 
 def standard_error(a: Sequence[float], b: Sequence[float], ratio: float) -> float:
-    """Of the mean of `a - ratio * b`: how far it is off by chance, as numbers differ from token to token.
+    """The standard error of the mean of `a - ratio * b` over tokens.
 
     Args:
-        a, b: a number for each token, of the same tokens.
-        ratio: what `b` is multiplied by.
+        a, b: one number for each of the same tokens.
+        ratio: the factor of `b`.
     """
     difference = torch.tensor(a, dtype=torch.float64) - ratio * torch.tensor(b, dtype=torch.float64)
     return float(difference.std(correction=0)) / math.sqrt(len(difference))
 
 
 def typical_kl(by_token: Sequence[float], floor: float) -> float:
-    """The geometric mean of a number for each token; less than `floor` counts as that much. NaN if one is."""
+    """The geometric mean over tokens, where numbers below `floor` count as `floor`. NaN if a number is NaN."""
     return float(torch.tensor(by_token, dtype=torch.float64).clamp_min(floor).log().mean().exp())
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
-    """The share of tokens for which both predict the same next token."""
+    """The share of tokens after which both runs predict the same next token."""
     return float((a.argmax(-1) == b.argmax(-1)).double().mean())
 
 
@@ -102,7 +105,7 @@ def perplexity(logits: Tensor, tokens: Tensor) -> float:
 
     Args:
         logits: `[tokens, vocabulary]`.
-        tokens: `[tokens]`, what the logits were computed from.
+        tokens: `[tokens]`, the text that the logits were computed from.
     """
     losses = [cross_entropy(row.double(), token) for row, token in zip(logits[:-1], tokens[1:], strict=True)]
     return float(torch.stack(losses).mean().exp())

@@ -1,32 +1,38 @@
-"""Verifies what is in a converted folder besides tensors: config, index, manifest, copied files.
+"""Verifies what a converted folder holds besides tensors: config, index, manifest, copied files.
 
-* config.json may differ from the source's only by what the conversion adds, and the model card by what it adds.
-* Every other file is the source's, byte for byte; weights in other formats stay behind.
-* The manifest must tell the truth: the hash of every file, the source's hashes, the plan.
+* config.json and the model card may differ from the source's only by what the conversion adds to them.
+* Every other file must be the source's, byte for byte, and belong to the model (see `files/others.py`).
+* The manifest must be right: the hashes of the folder's files and of the source's, the plan and the options.
 """
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashnorm.checkpoint.direct_io import sha256_of
-from flashnorm.checkpoint.names import CheckpointPlan
-from flashnorm.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
-from flashnorm.checkpoint.records import FileRecord, file_record
-from flashnorm.checkpoint.small_files import CARD_FILE, MANIFEST_FILE, copied_files
-from flashnorm.checkpoint.state import CONFIG_VERSION
 from flashnorm.errors import InputError
-from flashnorm.plan import FoldPlan
+from flashnorm.files.direct_io import sha256_of
+from flashnorm.files.others import other_files
+from flashnorm.files.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.files.records import file_record
+from flashnorm.format import CARD_FILE, CONFIG_KEY, MANIFEST_FILE, FileRecord, config_keys, without_section
+from flashnorm.planning.planned import PlannedCheckpoint
+from flashnorm.planning.tensors import TensorPlan
 from flashnorm.verify.findings import Finding, Findings
-from flashnorm.verify.manifest import Manifest, folder_records, names_in
+from flashnorm.verify.manifest import (
+    check_listed_files,
+    check_options,
+    check_plan,
+    folder_records,
+    names_in,
+    read_manifest,
+)
 
 
 def check_files(
-    original: Checkpoint,
+    planned: PlannedCheckpoint,
     result: Checkpoint,
-    names: CheckpointPlan,
-    plan: FoldPlan | None,
     source_hashes: Mapping[str, str],
     result_hashes: Mapping[str, str],
     findings: Findings,
@@ -34,33 +40,32 @@ def check_files(
     """Check everything but the tensors, and add what is wrong to `findings`.
 
     Args:
-        original, result: the two checkpoints.
-        names: what folds into what.
-        plan: the same in module parameters; without it, the plan in the manifest is not checked.
-        source_hashes, result_hashes: SHA-256 of the safetensors files, by name.
+        planned: the source, freshly planned.
+        result: the converted checkpoint.
+        source_hashes, result_hashes: SHA-256 of the safetensors files of the two checkpoints, by name.
 
     Returns:
         How many files have the hash that the manifest gives.
     """
+    original, names = planned.checkpoint, planned.tensors
     _check_config(original, result, names, findings)
     check_index(result, findings)
-    copies = set(copied_files(original))
+    copies = set(other_files(original).belonging)
     records = folder_records(result.folder, copies, result_hashes)
     _check_copies(original, result, copies, records, findings)
-    return _check_manifest(original, result, names, plan, source_hashes, records, findings)
+    return _check_manifest(planned, result, source_hashes, records, findings)
 
 
-def _check_config(original: Checkpoint, result: Checkpoint, names: CheckpointPlan, findings: Findings) -> None:
+def _check_config(original: Checkpoint, result: Checkpoint, names: TensorPlan, findings: Findings) -> None:
     expected = copy.deepcopy(original.config)
-    if names.untied:
+    if names.unties:
         expected["tie_word_embeddings"] = False
         part = expected.get("text_config")
         if isinstance(part, dict) and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
-    expected["flash_norm"] = True
-    expected["flashnorm"] = {"version": CONFIG_VERSION, "weightless": sorted(names.norms)}
+    expected |= config_keys(names.norms)
     found = copy.deepcopy(result.config)
-    section = found.get("flashnorm")
+    section = found.get(CONFIG_KEY)
     if isinstance(section, dict) and isinstance(section.get("weightless"), list):
         section["weightless"] = sorted(map(str, section["weightless"]))
     for key in [*expected, *(key for key in found if key not in expected)]:
@@ -71,10 +76,10 @@ def _check_config(original: Checkpoint, result: Checkpoint, names: CheckpointPla
 
 
 def check_index(result: Checkpoint, findings: Findings) -> None:
-    """Report an index with another total size than that of the tensors."""
+    """Report an index whose total size is not the size of the tensors."""
     if result.index is None:
         return
-    # That its names and files agree with the shards was checked on opening.
+    # `Checkpoint.open` has checked that the names and files in the index agree with the shards.
     total = (result.index.get("metadata") or {}).get("total_size")
     expected = sum(info.nbytes for info in result.tensors.values())
     if total is not None and total != expected:
@@ -96,10 +101,11 @@ def _check_copies(
             findings.add(Finding("file", name, "is not the source's, byte for byte"))
     ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, CARD_FILE, *result.headers}
     for name in sorted(records.keys() - copies - ours):
-        findings.add(Finding("file", name, "is not in the source"))
+        problem = "does not belong to the model" if os.path.lexists(original.folder / name) else "is not in the source"
+        findings.add(Finding("file", name, problem))
     card = original.folder / CARD_FILE
     if card.is_file():
-        text = _without_front_matter(card)
+        text = without_section(_without_front_matter(card))
         if not (result.folder / CARD_FILE).is_file():
             findings.add(Finding("file", CARD_FILE, "is missing"))
         elif text.strip() not in _without_front_matter(result.folder / CARD_FILE):
@@ -107,20 +113,19 @@ def _check_copies(
 
 
 def _check_manifest(
-    original: Checkpoint,
+    planned: PlannedCheckpoint,
     result: Checkpoint,
-    names: CheckpointPlan,
-    plan: FoldPlan | None,
     source_hashes: Mapping[str, str],
     records: Mapping[str, FileRecord],
     findings: Findings,
 ) -> int:
+    original, names = planned.checkpoint, planned.tensors
     try:
-        manifest = Manifest.read(result.folder)
+        manifest = read_manifest(result.folder)
     except InputError as error:
         findings.add(Finding("manifest", MANIFEST_FILE, f"cannot be read ({error})"))
         return 0
-    right = manifest.check_files(records, findings)
+    right = check_listed_files(manifest, records, findings)
     there = set(names_in(original.folder))
     for name, listed in manifest.source_files.items():
         path = original.folder / name
@@ -130,9 +135,8 @@ def _check_manifest(
             findings.add(Finding("manifest", MANIFEST_FILE, problem, stored=listed.sha256, expected=hashed))
     for name in source_hashes.keys() - manifest.source_files.keys():
         findings.add(Finding("manifest", MANIFEST_FILE, f"does not list the source's {name}"))
-    if plan is not None:
-        manifest.check_plan(plan, findings)
-    manifest.check_options(result, names, bool(names.untied), findings)
+    check_plan(manifest, planned.plan, findings)
+    check_options(manifest, result, planned, names, names.unties, findings)
     return right
 
 

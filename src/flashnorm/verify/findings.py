@@ -1,4 +1,4 @@
-"""What a verification found wrong: one record for each thing, and a bounded list of them."""
+"""What a verification found wrong: one record for each problem, and a bounded list of records."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ class Finding:
 
     Attributes:
         kind: "tensor", "file", "config", "index", "manifest" or "checkpoint".
-        name: of the tensor, file or folder.
+        name: name of the tensor, file or folder.
         problem: what is wrong, in a few words.
-        index: of the first differing element of a tensor, one number per axis.
-        stored, expected: what is there and what should be, as text (numbers with their bit pattern).
+        index: index of the first differing element of a tensor, one number for each axis.
+        stored, expected: what was found and what should be there, as text.
         differing, elements: how many of the tensor's elements differ, and how many it has.
     """
 
@@ -28,7 +28,7 @@ class Finding:
     elements: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, without what does not apply."""
+        """The finding as plain JSON values, without the attributes that are None."""
         data = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return data | ({"index": list(self.index)} if self.index is not None else {})
 
@@ -43,14 +43,14 @@ class Finding:
 
 @dataclass
 class Findings:
-    """The first `limit` findings in full, and how many there were in all."""
+    """The first `limit` findings, and how many there were in total."""
 
     limit: int = 100
     kept: list[Finding] = field(default_factory=list)
     total: int = 0
 
     def add(self, finding: Finding) -> None:
-        """Take one more."""
+        """Count a finding, and keep it if there is room."""
         self.total += 1
         if len(self.kept) < self.limit:
             self.kept.append(finding)

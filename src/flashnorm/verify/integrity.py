@@ -1,10 +1,11 @@
 """Checks a converted folder without its source: is it whole, and is it what its manifest and its model's code say?
 
-* Every file has the size and hash that flashnorm.json gives; the plan in it is the one that the model's code gives now.
-* Config, index and tensors are those of that plan: names, shapes, which norms left, and the rest at identity.
-* A norm that folds by the plan may stay where its product with a weight does not fit the weight's dtype; no weight that
-  took a gain is infinite.
-* What cannot be known without the source is part of the report: see `UNKNOWN`.
+* Every file must have the size and hash that flashnorm.json gives, and the plan in flashnorm.json must be the plan that
+  the model's code gives now.
+* Config, index and tensors must agree with that plan: names, shapes, and folded norms absent or at the identity value.
+* A norm that the plan folds may be kept if its product with a weight does not fit the weight's dtype. No weight that
+  took a gain may be infinite.
+* The report says what cannot be known without the source: see `UNKNOWN`.
 """
 
 import json
@@ -20,19 +21,24 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from flashnorm.checkpoint.direct_io import sha256_of
-from flashnorm.checkpoint.names import CheckpointPlan, StoredNames
-from flashnorm.checkpoint.reader import CONFIG_FILE, Checkpoint
-from flashnorm.checkpoint.small_files import MANIFEST_FILE
-from flashnorm.checkpoint.state import listed_norms
 from flashnorm.errors import InputError
+from flashnorm.files.direct_io import sha256_of
+from flashnorm.files.reader import CONFIG_FILE, Checkpoint
+from flashnorm.format import CONFIG_FLAGS, MANIFEST_FILE, Manifest, kept_by, listed_norms
 from flashnorm.hub import local_folder
-from flashnorm.planning import plan_checkpoint
-from flashnorm.trace.models import load_config, meta_model
+from flashnorm.planning.planned import plan_checkpoint
+from flashnorm.planning.tensors import TensorPlan
 from flashnorm.verify.files import check_index
 from flashnorm.verify.findings import Finding, Findings
-from flashnorm.verify.manifest import Manifest, folder_records, names_in
-from flashnorm.verify.products import FORMATS
+from flashnorm.verify.formats import FORMATS
+from flashnorm.verify.manifest import (
+    check_listed_files,
+    check_options,
+    check_plan,
+    folder_records,
+    names_in,
+    read_manifest,
+)
 from flashnorm.verify.range import infinities, without_too_large
 from flashnorm.verify.weights import PROBLEMS_IN_FULL, check_norms
 
@@ -50,20 +56,20 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class IntegrityReport:
-    """What a converted folder says about itself, and what is wrong with that.
+    """What a converted folder says about itself, and what is wrong with it. Counts are of what was found right.
 
     Attributes:
         converted: the folder.
-        manifest: what its flashnorm.json says, the source among it.
+        manifest: the content of its flashnorm.json, which also names the source.
         manifest_sha256: SHA-256 of flashnorm.json itself, in hexadecimal.
-        files: files that are as the manifest lists them.
-        nbytes: size of all files that were hashed.
-        tensors: tensors with the shape that the model's code expects.
-        unread: tensors that the model's code does not read; nothing is known about them but their hash.
-        norms: norm tensors that left the checkpoint, or that are kept at their identity value.
-        seconds: that it took.
-        findings: what is wrong, at most `PROBLEMS_IN_FULL` of them.
-        problems: how many there are in all.
+        files: number of files that are as the manifest lists them.
+        nbytes: size in bytes of all files that were hashed.
+        tensors: number of tensors with the shape that the model's code expects.
+        unread: number of tensors that the model's code does not read; only their hash is checked.
+        norms: number of norm tensors that are removed, or stored at their identity value.
+        seconds: how long the check took.
+        findings: what is wrong, at most `PROBLEMS_IN_FULL` findings.
+        problems: number of findings in total.
     """
 
     converted: str
@@ -80,7 +86,7 @@ class IntegrityReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong, as far as that can be known without the source: see `UNKNOWN`."""
+        """Whether nothing is wrong, as far as the check can tell without the source: see `UNKNOWN`."""
         return not self.problems
 
     @property
@@ -146,6 +152,8 @@ class IntegrityReport:
 def verify_integrity(
     converted: str | Path,
     *,
+    revision: str | None = None,
+    subfolder: str = "",
     progress: Callable[[int, int], object] | None = None,
     trust_remote_code: bool = False,
 ) -> IntegrityReport:
@@ -153,21 +161,22 @@ def verify_integrity(
 
     Args:
         converted: a folder that `convert` wrote, or its hub id.
-        progress: called with the bytes hashed so far, and in all; then, with those of the folded weights looked at.
+        revision: branch, tag or commit of a hub repository; None for its main branch.
+        subfolder: the converted folder, relative to `converted`.
+        progress: called with the bytes done so far and in total: first of hashed files, then of folded weights read.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
-        InputError: there is no manifest, or the files are as it says and still no checkpoint of a model that can be
-            planned.
+        InputError: there is no manifest, or the files are as the manifest says but no plan can be made for them.
     """
     started = time.monotonic()
-    folder = local_folder(converted)
+    folder = local_folder(converted, revision, subfolder)
     if not (folder / MANIFEST_FILE).is_file():
         raise InputError(
             f"{folder}: expected {MANIFEST_FILE}, which `flashnorm convert` writes, found none: this folder does not "
             "say what it was made of; give its source as well (flashnorm verify MODEL OUT), or convert the source again"
         )
-    manifest = Manifest.read(folder)
+    manifest = read_manifest(folder)
     findings = Findings(PROBLEMS_IN_FULL)
     total = sum((folder / name).stat().st_size for name in names_in(folder) if (folder / name).is_file())
     done = 0
@@ -178,14 +187,14 @@ def verify_integrity(
         if progress is not None:
             progress(done, total)
 
-    files = manifest.check_files(folder_records(folder, manifest.files, {}, advance), findings)
+    files = check_listed_files(manifest, folder_records(folder, manifest.files, {}, advance), findings)
     tensors = unread = norms = 0
     try:
         tensors, unread, norms = _check_model(folder, manifest, trust_remote_code, findings, progress)
     except InputError as error:
         if not findings.total:
             raise
-        # A file is another one than was written, and this is what comes of it.
+        # A file was changed, which is reported already; this error follows from that.
         findings.add(Finding("checkpoint", folder.name, f"could not be looked at any further ({error})"))
     return IntegrityReport(
         converted=str(converted),
@@ -209,23 +218,22 @@ def _check_model(
     findings: Findings,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[int, int, int]:
-    """Hold the checkpoint against a fresh plan; how many tensors fit, how many are not read, how many norms left."""
+    """Compare a checkpoint with a fresh plan: the numbers `tensors`, `unread` and `norms` of `IntegrityReport`."""
     checkpoint = Checkpoint.open(folder)
-    plan, names = plan_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
-    plan, names = without_too_large(checkpoint, checkpoint, plan, names)
-    model = meta_model(load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
-    stored = StoredNames(model, checkpoint.tensors)
-    manifest.check_plan(plan, findings)
+    planned = plan_checkpoint(checkpoint, keep=kept_by(manifest.options), trust_remote_code=trust_remote_code)
+    planned = without_too_large(planned, checkpoint)
+    names, stored = planned.tensors, planned.stored
+    check_plan(manifest, planned.plan, findings)
     check_index(checkpoint, findings)
     absent = [name for name in stored.absent() if name not in names.norms]
     for name in absent:
         findings.add(Finding("tensor", name, "is missing"))
     names = _listed(checkpoint, names, findings)
-    # That the head was tied before cannot be seen, only that it is not now.
+    # Whether the source's head was tied is not known here, only that the head is not tied now.
     untied = manifest.options.get("untie") is True and checkpoint.config.get("tie_word_embeddings") is False
-    manifest.check_options(checkpoint, names, untied, findings)
+    check_options(manifest, checkpoint, planned, names, untied, findings)
     norms = check_norms(checkpoint, names, findings)
-    shapes, fit = stored.shapes(), 0
+    shapes, fit = names.shapes, 0
     for name, info in checkpoint.tensors.items():
         expected = shapes.get(name, info.shape)
         if info.shape == expected:
@@ -240,11 +248,11 @@ def _check_model(
 
 def _check_finite(
     checkpoint: Checkpoint,
-    names: CheckpointPlan,
+    names: TensorPlan,
     findings: Findings,
     progress: Callable[[int, int], object] | None,
 ) -> None:
-    """Report folded weights that are infinite. Reads all of them."""
+    """Report folded weights that are infinite. Reads all folded weights."""
     folded = {name: checkpoint.tensors[name] for name in names.folds if name in checkpoint.tensors}
     total, done = sum(info.nbytes for info in folded.values()), 0
 
@@ -264,11 +272,12 @@ def _check_finite(
             findings.add(Finding("tensor", name, problem, index, differing=count, elements=math.prod(info.shape)))
 
 
-def _listed(checkpoint: Checkpoint, names: CheckpointPlan, findings: Findings) -> CheckpointPlan:
-    """The plan with the norm tensors that config.json lists: a norm of several names has one of them in the files."""
-    if checkpoint.config.get("flash_norm") is not True:
-        found = repr(checkpoint.config.get("flash_norm"))
-        findings.add(Finding("config", CONFIG_FILE, "key 'flash_norm' is not what it must be", None, found, "True"))
+def _listed(checkpoint: Checkpoint, names: TensorPlan, findings: Findings) -> TensorPlan:
+    """The plan with the norm tensors that config.json lists: the files use only one name of a shared norm."""
+    for key in CONFIG_FLAGS:
+        if (flag := checkpoint.config.get(key)) is not True:
+            problem = f"key {key!r} is not what it must be"
+            findings.add(Finding("config", CONFIG_FILE, problem, None, repr(flag), "True"))
     listed = listed_norms(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if listed is None:
         findings.add(Finding("config", CONFIG_FILE, "does not list the weightless norms"))

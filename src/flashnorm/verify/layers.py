@@ -1,4 +1,4 @@
-"""A plan as the picture of one layer of each kind: which norms left, which linears took them, what stayed and why."""
+"""A plan summed up as one layer of each kind: removed norms, the linear layers that took them, kept norms and why."""
 
 import re
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ _LAYER = re.compile(r"^(.*?)\.(\d+)\.(.*)$")
 
 @dataclass(frozen=True)
 class NormInLayer:
-    """What happens to one norm of a layer. Names are relative to the layer; `*` stands for a further number.
+    """What happens to one norm of a layer. Names are relative to the layer, with `*` for further numbers in them.
 
     Attributes:
-        name: of the norm's weight.
-        gain: "w" or "1 + w" if it left, else None.
-        linears: the weights that took it.
-        why: why it stayed, with the operator and the place in the code.
+        name: name of the norm's weight.
+        gain: "w" or "1 + w" if the norm is removed, None if it is kept.
+        linears: names of the linear layers' weights that took the gain.
+        why: why the norm is kept, with the operator and the place in the code.
     """
 
     name: str
@@ -28,12 +28,12 @@ class NormInLayer:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers in which the same happens.
+    """The layers in which the same norms are removed and kept.
 
     Attributes:
-        stack: the list of layers, for instance "model.layers"; empty for what is in none.
-        layers: their numbers; empty for what is in none.
-        norms: what happens in each of them, those that left first.
+        stack: name of the list of layers, for instance "model.layers"; empty for norms outside of any layer.
+        layers: numbers of the layers; empty for norms outside of any layer.
+        norms: what happens to the norms of each layer, removed norms first.
     """
 
     stack: str
@@ -42,7 +42,7 @@ class LayerKind:
 
     @property
     def title(self) -> str:
-        """For instance "model.layers 0-2, 4"."""
+        """The layers in words, for instance "model.layers 0-2, 4"."""
         return f"{self.stack} {_ranges(self.layers)}" if self.layers else "outside the layers"
 
 

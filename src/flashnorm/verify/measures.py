@@ -1,4 +1,7 @@
-"""What is measured of a run of a model, and the criteria by which two models are called the same."""
+"""What is measured in a run of a model, and the criteria by which two models count as the same.
+
+`oracle` in a name is the reference run, the source in float64.
+"""
 
 import math
 from dataclasses import dataclass
@@ -21,22 +24,22 @@ from flashnorm.verify.runs import Outputs
 # Bounds of the criteria, as `verify_outputs` explains them.
 MAX_RATIO = 2.0
 CHANCE = 3.0  # standard errors
-NEAR_TIE = 8.0  # times the root mean square difference that the source's own dtype makes in a logit
-FLOAT64_NOISE = 1e-13  # relative: float64 logits of one model, computed in two ways
+NEAR_TIE = 8.0  # times the root mean square error of a logit in the source's own dtype
+FLOAT64_NOISE = 1e-13  # relative difference of float64 logits of one model that are computed in two ways
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run over the text, compared with the oracle.
+    """One run over the text, compared with the reference run.
 
     Attributes:
-        kl: mean KL(oracle || run) per token, in nats.
-        largest_difference, rms_difference: of the logits.
-        agreement: share of tokens after which both predict the same next token.
-        perplexity: of the run itself.
-        kl_by_token: KL(oracle || run) at each token, in nats.
-        depth: relative error of the residual stream after the embedding and after each layer but the last, averaged
-            over tokens; then that of the logits. Only the logits where a model gives no hidden states.
+        kl: mean KL(reference || run) per token, in nats.
+        largest_difference, rms_difference: largest and root mean square difference of the logits.
+        agreement: share of tokens after which both runs predict the same next token.
+        perplexity: perplexity of the run itself.
+        kl_by_token: KL(reference || run) at each token, in nats.
+        depth: relative errors, averaged over tokens, of the residual stream after the embedding and after each layer
+            but the last, and then of the logits. Only that of the logits if the model gives no hidden states.
     """
 
     kl: float
@@ -49,7 +52,7 @@ class Run:
 
     @staticmethod
     def of(oracle: Outputs, run: Outputs, tokens: Tensor) -> "Run":
-        """Compare a run with the oracle's, over `tokens`, `[tokens]`."""
+        """Compare a run with the reference run `oracle`, both over `tokens`, `[tokens]`."""
         largest, rms = differences(oracle.logits, run.logits)
         by_token = kl_divergences(oracle.logits, run.logits)
         states = zip((*oracle.hidden, oracle.logits), (*run.hidden, run.logits), strict=True)
@@ -69,11 +72,12 @@ class Greedy:
     """Greedy continuations of one prompt by source and converted model, both in float32.
 
     Attributes:
-        source, converted: token ids.
-        identical: how many tokens agree before the first that does not.
-        gap: by how much the source, where they part, prefers its own token: a difference of logits. 0 if they do not.
-        tolerance: a gap that is within the noise of the checkpoint's dtype.
-        source_text, converted_text: decoded, where there is a tokenizer.
+        source, converted: token ids of the two continuations.
+        identical: how many tokens agree before the first difference.
+        gap: at the first difference, the source's logit of its own token minus that of the converted model's token;
+            0 if the continuations agree, infinite if they differ in length only.
+        tolerance: the largest gap that is within the noise of the checkpoint's dtype.
+        source_text, converted_text: the decoded continuations, if there is a tokenizer.
     """
 
     source: tuple[int, ...]
@@ -86,13 +90,13 @@ class Greedy:
 
     @property
     def ok(self) -> bool:
-        """Whether the continuations agree, or part at a near tie."""
+        """Whether the continuations agree, or first differ at a near tie."""
         return self.source == self.converted or self.gap <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A condition for the outputs to be called the same: what was asked, the numbers, and whether it holds."""
+    """A condition for the outputs to count as the same: what is required, the measured numbers, whether it holds."""
 
     asked: str
     found: str
@@ -100,13 +104,14 @@ class Criterion:
 
 
 def within(asked: str, run: Run, source: Run, ratio: float, floor: float) -> Criterion:
-    """Whether a run's KL is at most `ratio` times the source's, in the mean but for chance, and for a typical token.
+    """Whether a run's KL is at most `ratio` times the source's: the mean, allowing for chance, and the typical KL.
 
     Args:
-        asked: what is asked, in words.
-        run, source: in the checkpoint's dtype, against the oracle.
-        ratio: how much farther than the source the run may be.
-        floor: the KL that is as good as none.
+        asked: what is required, in words.
+        run: the run to judge, compared with the reference run.
+        source: the source in the checkpoint's dtype, compared with the reference run.
+        ratio: how many times the source's KL the run may have.
+        floor: the KL that counts as zero.
     """
     limit, chance = max(ratio * source.kl, floor), CHANCE * standard_error(run.kl_by_token, source.kl_by_token, ratio)
     typical, typical_limit = typical_kl(run.kl_by_token, floor), ratio * typical_kl(source.kl_by_token, floor)
@@ -119,7 +124,7 @@ def within(asked: str, run: Run, source: Run, ratio: float, floor: float) -> Cri
 
 
 def same_text(asked: str, greedy: Greedy) -> Criterion:
-    """Whether two greedy texts agree, or part at a near tie."""
+    """The criterion that two greedy continuations agree, or first differ at a near tie."""
     if greedy.source == greedy.converted:
         found = f"{len(greedy.source)} of {len(greedy.source)} agree"
     else:
@@ -128,7 +133,7 @@ def same_text(asked: str, greedy: Greedy) -> Criterion:
 
 
 def compare_greedy(expected: Tensor, found: Tensor, logits: Tensor, tolerance: float, tokenizer: Any) -> Greedy:
-    """Compare two greedy texts, `[steps]` each; `logits` are those that the source chose by, `[steps, vocabulary]`."""
+    """Compare two greedy continuations, `[steps]` each; `logits` are the source's, `[steps, vocabulary]`."""
     length = min(len(expected), len(found))
     parted = (expected[:length] != found[:length]).nonzero()
     identical, gap = length, 0.0
@@ -152,7 +157,7 @@ def compare_greedy(expected: Tensor, found: Tensor, logits: Tensor, tolerance: f
 def rounding_noise(dtype: torch.dtype) -> float:
     """The root mean square relative error of rounding to a dtype: `eps / sqrt(12)` over a significand in [1, 2).
 
-    The mean of `1 / m ** 2` is 0.54 if the logarithm of the significand `m` is evenly distributed, as that of most
-    data is.
+    The error relative to the number is divided by the significand `m` as well. The mean of `1 / m ** 2` is 0.54 if the
+    logarithm of `m` is evenly distributed, as it is for most data.
     """
     return max(torch.finfo(dtype).eps * math.sqrt(0.54 / 12), FLOAT64_NOISE)

@@ -1,7 +1,8 @@
-"""The report of `verify` as one HTML page: no script, nothing from a network, for phones and screens, light and dark.
+"""The report of `verify` as one HTML page, without scripts, for phones and screens, light and dark.
 
-* The page says what the JSON says. What comes from a checkpoint is escaped, and nothing can be loaded (its policy).
-* Jinja and Matplotlib are the extra `flashnorm[report]`.
+* The page holds the facts of the JSON. Text from a checkpoint is escaped, and the page's security policy lets it load
+  nothing.
+* The page needs Jinja and Matplotlib, which the extra `flashnorm[report]` installs.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from flashnorm.verify.report import VerifyReport
 
 
 def check_page(path: Path) -> None:
-    """Find out, before hours of work, whether a page can be made and written.
+    """Check, before hours of work, that a page can be made and written.
 
     Raises:
         InputError: a package is not installed, or the file cannot be written there.
@@ -44,7 +45,7 @@ def write_page(report: VerifyReport | IntegrityReport, path: Path) -> None:
     """Write a report to an HTML file, whole or not at all.
 
     Raises:
-        InputError: as `check_page`, or the disk is full.
+        InputError: `check_page` raises it, or the file cannot be written.
     """
     check_page(path)
     page = html(report)
@@ -98,5 +99,5 @@ def _plots(report: VerifyReport) -> dict[str, str | None]:
 
 
 def _shown(text: Any) -> str:
-    """A piece of text with its spaces and line ends to be seen."""
+    """A piece of text with visible line ends and tabs."""
     return "" if text is None else str(text).replace("\n", "⏎").replace("\t", "⇥")

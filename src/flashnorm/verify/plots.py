@@ -1,7 +1,7 @@
 """The plots of the report, as SVG elements for an HTML page.
 
-* Drawn by Matplotlib in placeholder colours, for which the page's own are put in: one drawing serves light and dark.
-* Text stays text, so that it can be searched and copied.
+* Matplotlib draws in placeholder colours, which are replaced by the page's own, so one drawing serves light and dark.
+* Text is kept as text, so that it can be searched and copied.
 """
 
 import io
@@ -14,10 +14,11 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from flashnorm.verify.outputs import OutputsReport, Run
+from flashnorm.verify.measures import Run
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.rounding import Rounding
 
-# A colour that Matplotlib knows -> the page's.
+# Placeholder colour for Matplotlib -> the page's colour.
 _COLOURS = {
     "#010101": "var(--ink)",
     "#020202": "var(--line)",
@@ -44,12 +45,12 @@ _STYLE = {
     "ytick.color": INK,
     "legend.frameon": False,
 }
-_SIZE = (5.6, 3.2)  # inches; small, so that letters are still read on a phone
+_SIZE = (5.6, 3.2)  # inches; small, so that text is readable on a phone
 _SMOOTHED = 16  # tokens
 
 
 def kl_by_token(report: OutputsReport) -> str | None:
-    """KL divergence to the oracle at each token of the text. None if there is nothing above zero to draw."""
+    """KL divergence from the reference run at each token of the text. None if no value is above zero."""
     drawn = [(name, np.array(run.kl_by_token), colour) for name, run, colour in _series(report)]
     drawn = [(name, kl, colour) for name, kl, colour in drawn if np.isfinite(kl).all() and (kl > 0).any()]
     if not drawn:
@@ -128,7 +129,7 @@ def _legend(axes: Any) -> None:
 
 
 def _svg(name: str, draw: Callable[[Any], None]) -> str:
-    """An SVG element whose ids begin with `name`, as several of them share a page."""
+    """An SVG element whose ids begin with `name`, so that several elements can share a page."""
     style: Any = _STYLE | {"svg.hashsalt": name}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=_SIZE, layout="constrained")

@@ -1,8 +1,8 @@
-"""Products that leave the range of their dtype: infinity is wrong, and what is lost at the small end is measured.
+"""Products outside of the range of their dtype: infinite ones are wrong, and the loss in tiny ones is measured.
 
-* Infinity may be the correctly rounded product, but no model is the same with it. Such a norm stays, and whether one
-  that stays must is decided here: exactly, and apart from `fold.py`.
-* Infinities and NaN that the source's weights or gains hold are none of the conversion's doing.
+* A correctly rounded product can be infinite, but the model would be broken. The norm must then be kept. This module
+  decides whether that is so for a kept norm: exactly, and without `arithmetic.py`.
+* Infinities and NaN in the source's own weights or gains are not counted against the conversion.
 """
 
 import math
@@ -13,27 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from flashnorm.checkpoint.direct_io import DirectReader, buffers
-from flashnorm.checkpoint.header import TORCH_DTYPES
-from flashnorm.checkpoint.names import CheckpointPlan, TensorFold
-from flashnorm.checkpoint.overflow import too_large_reason
-from flashnorm.checkpoint.reader import CONFIG_FILE, Checkpoint
-from flashnorm.checkpoint.state import listed_norms
 from flashnorm.errors import InputError
-from flashnorm.plan import FoldPlan, Kept
-from flashnorm.verify.products import BLOCK, FORMATS, Array, ExactGain, decode, nearest
+from flashnorm.files.direct_io import DirectReader, buffers
+from flashnorm.files.header import TORCH_DTYPES
+from flashnorm.files.reader import CONFIG_FILE, Checkpoint
+from flashnorm.format import listed_norms
+from flashnorm.plan import Kept, Kind
+from flashnorm.planning.overflow import too_large_reason
+from flashnorm.planning.planned import PlannedCheckpoint
+from flashnorm.planning.tensors import TensorFold, TensorPlan
+from flashnorm.verify.formats import FORMATS, Array, decode, nearest
+from flashnorm.verify.gains import ExactGain
+from flashnorm.verify.products import BLOCK
 
 PIECE = 8 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Underflow:
-    """Folded weights below the smallest normal number of their dtype, though the source's was not, nor the gain zero.
+    """Folded weights below the smallest normal number of their dtype, where source weight is normal and gain nonzero.
 
     Attributes:
-        products: how many there are.
-        zeros: of them, how many became zero: all their bits are lost.
-        largest_error: the largest relative error among them; 1 for a zero.
+        products: how many such weights there are.
+        zeros: how many of them became zero, which loses all bits.
+        largest_error: the largest relative error among them; it is 1 if a weight became zero.
     """
 
     products: int = 0
@@ -68,19 +71,19 @@ def out_of_range(
 
     Args:
         tag: the tensor's dtype.
-        source, stored: bit patterns, flat.
-        gain: of every channel of the folded axis.
-        first: the piece's place in the flat tensor.
-        trailing: elements of the tensor for each step along the folded axis.
+        source, stored: bit patterns of the piece, flat.
+        gain: the gain of every channel of the folded axis.
+        first: the position of the piece in the flat tensor.
+        trailing: the product of the sizes of the axes after the folded one.
 
     Returns:
-        The places of the infinities, ascending; and the products that lost bits.
+        The positions of the infinities within the piece, ascending; and the products that lost bits.
     """
     form = FORMATS[tag]
     normal = 1 << (form.precision - 1)
     infinite, lost = [np.empty(0, np.int64)], NO_UNDERFLOW
     for start in range(0, stored.size, BLOCK):
-        # Doubled, a pattern has lost its sign; what is out of range is then below or above.
+        # Doubling a pattern drops its sign bit, so two comparisons find what is out of range.
         doubled = np.left_shift(stored[start : start + BLOCK], 1)
         if doubled.size and doubled.min() >= 2 * normal and doubled.max() < 2 * form.infinity:
             continue
@@ -97,9 +100,9 @@ def out_of_range(
 
 
 def _underflow(tag: str, weight: Array, stored: Array, gains: Array) -> Underflow:
-    """What products lost that are all subnormal or zero: bit patterns, and float64 gains."""
+    """The `Underflow` of products that are all subnormal or zero, given bit patterns and float64 gains."""
     values = decode(tag, stored)
-    # Scaled, so that products below float64's own range can be told: neither factor is large then.
+    # Both factors are scaled up, so that products below float64's own range are exact enough; neither factor is large.
     with np.errstate(all="ignore"):
         exact = np.ldexp(decode(tag, weight), 550) * np.ldexp(gains, 550)
         error = np.abs(np.ldexp(values, 1100) / exact - 1)
@@ -107,16 +110,13 @@ def _underflow(tag: str, weight: Array, stored: Array, gains: Array) -> Underflo
     return Underflow(values.size, int((values == 0).sum()), float(error.max(initial=0.0)))
 
 
-def without_too_large(
-    measured: Checkpoint, result: Checkpoint, plan: FoldPlan, names: CheckpointPlan
-) -> tuple[FoldPlan, CheckpointPlan]:
-    """The plan that a conversion must follow: without the norms that it keeps, where their products do not fit.
+def without_too_large(planned: PlannedCheckpoint, result: Checkpoint) -> PlannedCheckpoint:
+    """The plan that a conversion must follow: a norm that it keeps is kept here too, if its product does not fit.
 
     Args:
-        measured: holds the weights and norms: the source, or else the converted checkpoint itself.
-        result: the converted checkpoint. Its config says which norms it keeps; their linears are read.
-        plan: a fresh plan, made without weights.
-        names: the same in the names of tensors.
+        planned: a fresh plan, made without weights, of the source or else of the converted checkpoint itself.
+        result: the converted checkpoint. Its config says which norms it keeps; the weights that would take their gains
+            are read.
 
     Raises:
         InputError: a file cannot be read.
@@ -125,29 +125,30 @@ def without_too_large(
         listed = listed_norms(result.config, result.folder / CONFIG_FILE)
     except InputError:
         listed = None
-    if listed is None:  # a finding of its own
-        return plan, names
+    if listed is None:  # other checks report this
+        return planned
+    measured, plan, names = planned.checkpoint, planned.plan, planned.tensors
     weightless = {names.parameters.get(name, name) for name in listed}
     folds = {fold.norm: fold for fold in plan.folds if fold.norm not in weightless}
     kept = names.tensors_of(folds)
-    # A converted checkpoint's weights have taken the other gains already.
+    # The weights of a converted checkpoint have taken the gains of the removed norms already.
     open_names = names.without(names.norms.keys() - kept) if measured is result else names
     reasons = too_large_norms(measured, open_names, kept)
-    staying = {names.parameters.get(name, name): Kept(reason) for name, reason in reasons.items()}
-    leaving = {name for norm in staying for name in folds[norm].leaving}
-    return plan.keep(staying), names.without(names.tensors_of(leaving))
+    return planned.keep(
+        {names.parameters.get(name, name): Kept(reason, kind=Kind.VALUES) for name, reason in reasons.items()}
+    )
 
 
-def too_large_norms(checkpoint: Checkpoint, names: CheckpointPlan, norms: Collection[str]) -> dict[str, str]:
-    """Of some norm tensors, those with which a finite weight becomes infinite, and how. Their linears are read.
+def too_large_norms(checkpoint: Checkpoint, names: TensorPlan, norms: Collection[str]) -> dict[str, str]:
+    """Those of some norm tensors whose gain makes a finite weight infinite -> the reason, in words.
 
-    A norm is one of these if its gain makes a channel's weights larger, and the product of the largest of them with
-    this gain, and all others there that do so, is infinite when it is rounded.
+    For each channel, the largest weight is multiplied by all gains there that are larger than one. If the rounded
+    product is infinite, each of the norms with these gains is too large. Reads the weights that would take the gains.
 
     Args:
-        checkpoint: holds the weights and the norms.
-        names: what folds into what.
-        norms: the norm tensors in question.
+        checkpoint: the checkpoint that holds the weights and the norms.
+        names: the plan, in tensor names.
+        norms: the norm tensors to judge.
 
     Raises:
         InputError: a file cannot be read.
@@ -168,7 +169,7 @@ def _can_be_read(checkpoint: Checkpoint, tensor: str, fold: TensorFold) -> bool:
 
 
 def _too_large(checkpoint: Checkpoint, name: str, tensor: str, fold: TensorFold) -> dict[str, str]:
-    """The norms whose gains make the largest finite weight of a channel infinite: of `name`, which `tensor` holds."""
+    """`too_large_norms` for one weight, `name`, which the checkpoint stores as `tensor`."""
     info = checkpoint.tensors[tensor]
     form, length = FORMATS[info.dtype], info.shape[fold.axis]
     gains = []
@@ -189,7 +190,7 @@ def _too_large(checkpoint: Checkpoint, name: str, tensor: str, fold: TensorFold)
 
 
 def _largest(checkpoint: Checkpoint, tensor: str, axis: int) -> Array:
-    """The bit pattern of the largest finite magnitude in each channel of an axis, 0 where there is none."""
+    """For each channel of an axis, the bit pattern of the largest finite magnitude; 0 if no number is finite."""
     info = checkpoint.tensors[tensor]
     form, channels, trailing = FORMATS[info.dtype], info.shape[axis], math.prod(info.shape[axis + 1 :])
     largest = np.zeros(channels, form.bits)
@@ -201,7 +202,7 @@ def _largest(checkpoint: Checkpoint, tensor: str, axis: int) -> Array:
 
 
 def pieces(checkpoint: Checkpoint, tensor: str) -> Iterator[tuple[int, Array]]:
-    """A tensor's bit patterns, flat, a piece at a time, each with the place of its first element."""
+    """The flat bit patterns of a tensor in pieces, each with the position of its first element."""
     info = checkpoint.tensors[tensor]
     bits = FORMATS[info.dtype].bits
     ring = buffers(1, PIECE)
@@ -212,11 +213,11 @@ def pieces(checkpoint: Checkpoint, tensor: str) -> Iterator[tuple[int, Array]]:
 
 
 def infinities(checkpoint: Checkpoint, tensor: str, advance: Callable[[int], object]) -> tuple[int, int]:
-    """How many infinite numbers a tensor holds, and the place of the first in the flat tensor (-1 if there is none).
+    """How many infinite numbers a tensor holds, and the position of the first in the flat tensor (-1 if none).
 
     Args:
-        checkpoint: holds the tensor.
-        tensor: its name; of a dtype in `FORMATS`.
+        checkpoint: the checkpoint that holds the tensor.
+        tensor: the tensor's name; its dtype must be in `FORMATS`.
         advance: called with the number of bytes done since the last call.
     """
     form = FORMATS[checkpoint.tensors[tensor].dtype]

@@ -1,4 +1,4 @@
-"""The answer of `verify`: what was checked, what was measured, and whether source and converted model are the same."""
+"""The result of `verify`: what was checked and measured, and whether source and converted model are the same."""
 
 import json
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from flashnorm.verify.conversion import Conversion
-from flashnorm.verify.outputs import OutputsReport
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.weights import WeightsReport
 
-# Of the JSON; documented in docs/report.md.
+# Version of the JSON, which docs/report.md documents.
 REPORT_VERSION = 1
 
 _SHOWN = 20
@@ -21,13 +21,13 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The answer of `verify`.
+    """The result of `verify`.
 
     Attributes:
-        source, converted: the folders.
-        conversion: what was converted, and what it was checked with.
-        weights: the comparison bit for bit.
-        outputs: the comparison of what the models compute; None if it was not asked for.
+        source, converted: the two checkpoints, as they were given.
+        conversion: what the conversion changed, and the versions that checked it.
+        weights: the bit-for-bit comparison of the weights.
+        outputs: the comparison of the models' outputs; None if it was not asked for.
     """
 
     source: str
@@ -38,18 +38,18 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the converted model is the source."""
+        """Whether the converted model is the same model as the source."""
         return self.weights.ok and (self.outputs is None or self.outputs.ok)
 
     @property
     def verdict(self) -> str:
-        """The answer in one sentence."""
+        """The result in one sentence."""
         what = "the same model" if self.ok else "NOT the same model"
         return f"{self.converted} is {what} as {self.source}"
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """What the answer does not cover."""
+        """What the verification does not cover, in words."""
         weights = "the source is taken as it is: whether it is what its publisher released was not asked"
         if self.outputs is None:
             return (weights, "outputs: they were not asked for (--weights-only)")
@@ -66,7 +66,7 @@ class VerifyReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values (docs/report.md). Numbers that JSON has not (infinity, NaN) are None."""
+        """As plain JSON values (docs/report.md). Infinity and NaN, which JSON lacks, become None."""
         data = {
             "version": REPORT_VERSION,
             "ok": self.ok,
@@ -99,7 +99,7 @@ class VerifyReport:
 
 
 def render(report: VerifyReport, console: Console) -> None:
-    """Print a report for the reader."""
+    """Print a report to a console."""
     console.print(report, highlight=False)
 
 

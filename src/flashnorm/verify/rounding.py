@@ -1,8 +1,8 @@
-"""How the rounding errors of the folded weights are distributed: a sample, in units of the last place.
+"""The distribution of the rounding errors of the folded weights: a sample, in units of the last place.
 
-* One rounding to nearest moves a product by half a unit of its last place at most, and about evenly within that. Two
-  roundings, or truncation, would show as errors beyond a half.
-* The proof is `products.py`, which looks at every weight; this is a picture of it.
+* One rounding to nearest moves a product by at most half a unit in the last place, and the errors are spread about
+  evenly. Rounding twice, or truncation, would show as errors above one half.
+* The sample only illustrates; the proof is `products.py`, which checks every weight.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from flashnorm.verify.products import FORMATS, Array, decode
+from flashnorm.verify.formats import FORMATS, Array, decode
 
 BINS = 40  # over [-1/2, 1/2]
 
-# Elements of a piece of a tensor (8 MB at most) that are looked at.
+# About as many elements are sampled of each piece of a tensor (8 MB at most).
 _PER_PIECE = 4096
 
 
@@ -24,12 +24,12 @@ class Rounding:
     """Errors of folded weights, (stored - exact product) in units of the last place.
 
     Attributes:
-        sampled: how many weights were looked at.
-        exact: of them, how many products needed no rounding.
-        largest: the largest error, without its sign; at most 1/2.
-        mean, rms: of the errors; an even distribution has 0 and 1 / sqrt(12) = 0.289.
-        histogram: counts in `BINS` equal steps from -1/2 to 1/2; without the exact ones.
-        not_finite: sampled weights that are infinite or NaN; their errors are not counted.
+        sampled: number of weights in the sample.
+        exact: number of sampled products that needed no rounding.
+        largest: the largest error without its sign; at most 1/2.
+        mean, rms: mean and root mean square of the errors; an even distribution has 0 and 1 / sqrt(12) = 0.289.
+        histogram: counts of errors in `BINS` equal steps from -1/2 to 1/2, without the exact products.
+        not_finite: number of sampled weights that are infinite or NaN; these have no error.
     """
 
     sampled: int
@@ -50,19 +50,19 @@ def errors(tag: str, source: Array, stored: Array, gains: Array) -> Array:
 
     Args:
         tag: a safetensors dtype of at most 24 bits of significand, so that products are exact enough in float64.
-        source, stored: bit patterns, of one shape.
+        source, stored: bit patterns of source and converted weights, of one shape.
         gains: float64, of the same shape.
     """
     form = FORMATS[tag]
     with np.errstate(all="ignore"):
         product = decode(tag, source) * gains
         unit = np.maximum(np.frexp(product)[1] - form.precision, form.smallest_power)
-        # Scaled before the difference is taken: a unit of a subnormal is small, but never too small for float64.
+        # Both are scaled before they are subtracted; float64 can hold even the unit of a subnormal number.
         return np.ldexp(decode(tag, stored), -unit) - np.ldexp(product, -unit)
 
 
 class RoundingSample:
-    """Collects errors, a piece of a tensor at a time."""
+    """Collects rounding errors, a piece of a tensor at a time."""
 
     def __init__(self) -> None:
         self._sampled = self._exact = self._not_finite = 0
@@ -70,18 +70,18 @@ class RoundingSample:
         self._histogram = np.zeros(BINS, np.int64)
 
     def take(self, tag: str, source: Array, stored: Array, gains: Array, first: int, trailing: int) -> None:
-        """Look at a few thousand elements of a piece.
+        """Sample a few thousand elements of a piece.
 
         Args:
             tag: the tensor's dtype.
-            source, stored: bit patterns, flat.
-            gains: `[n]` float64, of the channels of the folded axis.
-            first: the piece's place in the flat tensor.
-            trailing: elements of the tensor for each step along the folded axis.
+            source, stored: bit patterns of the piece, flat.
+            gains: `[n]` float64, the gains of the channels of the folded axis.
+            first: the position of the piece in the flat tensor.
+            trailing: the product of the sizes of the axes after the folded one.
         """
         if FORMATS[tag].precision > 24 or not source.size:
             return
-        # An odd stride, as the number of channels is even.
+        # The stride is odd, so that it does not hit the same channels again: the number of channels is even.
         places = np.arange(0, source.size, source.size // _PER_PIECE | 1)
         channels = (first + places) // trailing % len(gains)
         found = errors(tag, source[places], stored[places], gains[channels])
@@ -96,7 +96,7 @@ class RoundingSample:
         self._histogram += np.histogram(np.clip(rounded, -0.5, 0.5), BINS, (-0.5, 0.5))[0]
 
     def result(self) -> Rounding | None:
-        """What was collected; None if nothing was folded, or only in float64."""
+        """What was collected; None if no weight was sampled (nothing was folded, or only float64 weights)."""
         count = self._sampled - self._not_finite
         if not count:
             return None

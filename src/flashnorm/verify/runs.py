@@ -1,21 +1,21 @@
 """Runs the models of a verification, one at a time: whole in memory or, where they do not fit, streamed from disk.
 
-* Streaming is the disk offload of Transformers and Accelerate: the weights of one module at a time are read, cast and
-  dropped. The operators and their inputs are those of a run in memory, and so is every bit of the result.
-* The experts of a mixture, which Transformers stacks while it loads, are written to a temporary folder first. They come
-  back in another layout, so there sums can differ in their last bit.
+* Streaming uses the disk offload of Transformers and Accelerate: the weights of one module at a time are read, cast and
+  dropped. Operators and inputs are the same as in memory, and so is every bit of the result.
+* There is one exception: the experts of a mixture, which Transformers stacks while it loads, are written to a temporary
+  folder first and come back in another memory layout, so their sums can differ in the last bit.
 """
 
 import contextlib
 import errno
 import gc
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from flashnorm.compat.transformers import use_experts_for_float64
 from flashnorm.errors import InputError
-from flashnorm.runtime.load import load, load_all
+from flashnorm.models.load import Loading, load_all
 from flashnorm.verify.float64 import float64_everywhere
 
-# Of running code and small tensors, in bytes.
+# Memory for running code and small tensors, in bytes.
 ROOM = 1 << 29
 
 
@@ -36,18 +36,24 @@ class Loader(Protocol):
     def __call__(self, dtype: torch.dtype, **options: Any) -> PreTrainedModel: ...
 
 
-def loaders(source: Path, converted: Path, trust_remote_code: bool) -> tuple[Loader, Loader]:
-    """How source and converted model are loaded."""
+def source_loader(source: Path, trust_remote_code: bool, **always: Any) -> Loader:
+    """A loader of the source, by Transformers alone; `always` are arguments of `from_pretrained` for each loading."""
 
     def load_source(dtype: torch.dtype, **options: Any) -> PreTrainedModel:
         return load_all(
-            AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code, **always, **options
         ).eval()
 
-    def load_converted(dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        return load(converted, dtype=dtype, optimize=False, trust_remote_code=trust_remote_code, **options).eval()
+    return load_source
 
-    return load_source, load_converted
+
+def converted_loader(loading: Loading) -> Loader:
+    """A loader of the converted model, which runs on its own code."""
+
+    def load_converted(dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+        return loading.load(dtype=dtype, **options).eval()
+
+    return load_converted
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class Outputs:
     Attributes:
         logits: `[tokens, vocabulary]`.
         hidden: the residual stream after the embedding and after each layer but the last, `[tokens, hidden size]`
-            each. Without the last one, as Transformers gives it after the final norm only; empty where a model gives
-            none.
+            each; empty if the model gives no hidden states. The last layer is left out, because Transformers gives its
+            output only after the final norm.
     """
 
     logits: Tensor
@@ -71,7 +77,7 @@ class Runner:
 
     Attributes:
         streamed: whether weights come from disk, a module at a time.
-        advance: called with the bytes of weights that a run has used so far, and will use in all.
+        advance: called with the bytes of weights that a run has used so far and will use in total.
     """
 
     streamed: bool = False
@@ -87,10 +93,10 @@ class Runner:
 
     @torch.inference_mode()
     def continuation(self, load_model: Loader, prompt: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """In float32, the most likely tokens after a prompt, `[steps]`, and the logits they were chosen by."""
+        """The greedy continuation of a prompt in float32, `[steps]`, and the logits that it was chosen by."""
         with self._model(load_model, torch.float32) as model:
             self._count(model, steps)
-            # Not the checkpoint's own settings: no sampling, no penalties, no early end.
+            # Replaces the checkpoint's own settings: no sampling, no penalties, no early end.
             model.generation_config = GenerationConfig(max_new_tokens=steps, do_sample=False, pad_token_id=0)
             answer: Any = cast(Any, model).generate(
                 prompt[None],
@@ -102,7 +108,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _model(self, load_model: Loader, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-        gc.collect()  # the model before this one
+        gc.collect()  # frees the previous model
         with quiet():
             if not self.streamed:
                 model = load_model(dtype)
@@ -144,36 +150,28 @@ def needed_memory(model: nn.Module, stored_bits: int, tokens: int, vocabulary: i
 
     Args:
         model: the model, on the meta device.
-        stored_bits: of most of the checkpoint's numbers.
-        tokens: length of the text.
-        vocabulary: of the logits.
-        streamed: whether one module's weights are in memory at a time, or all.
+        stored_bits: bits of a number in the checkpoint's main dtype.
+        tokens: length of the text in tokens.
+        vocabulary: number of logits of a token.
+        streamed: whether only one module's weights are in memory at a time.
     """
     sizes = [sum(weight.numel() for weight in module.parameters(recurse=False)) for module in model.modules()]
     elements = max(sizes) if streamed else sum(weight.numel() for weight in model.parameters())
     config: Any = getattr(model, "config", None)
     text = config.get_text_config()
-    # Of three runs at a time; Transformers keeps what each layer gives.
+    # The hidden states of three runs at a time, because Transformers keeps the output of each layer.
     states = 3 * 8 * tokens * (getattr(text, "num_hidden_layers", 0) + 1) * getattr(text, "hidden_size", 0)
     return elements * (8 + stored_bits // 8) + 3 * 8 * tokens * vocabulary + states + ROOM
 
 
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (OSError, ValueError, AttributeError):
-        return None
+def available_memory() -> int:
+    """The bytes of memory that are available without swapping."""
+    return psutil.virtual_memory().available
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and remarks."""
+    """Turn off Transformers' progress bars and log messages in the block, for all threads of the process."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

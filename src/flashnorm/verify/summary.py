@@ -4,10 +4,10 @@ from flashnorm.verify.report import VerifyReport
 
 
 def card_summary(report: VerifyReport) -> str:
-    """The summary of a verification: what was compared, with which numbers, and what was not.
+    """The summary of a verification: what was compared, the measured numbers, and what was not checked.
 
     Args:
-        report: of a conversion that is the same model as its source.
+        report: the report of a conversion that was found to be the same model as its source.
     """
     weights, outputs, versions = report.weights, report.outputs, report.conversion.verified_with
     lines = [

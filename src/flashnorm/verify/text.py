@@ -1,7 +1,12 @@
 """The default text on which outputs are compared: plain English, written for this purpose, about 400 tokens.
 
-* Facts, dialogue, numbers and a little code, so that confident and doubtful predictions both occur.
+* It has facts, dialogue, numbers and a little code, so that both certain and uncertain predictions occur.
 """
+
+from pathlib import Path
+
+from flashnorm.errors import InputError
+from flashnorm.files.source_files import open_file
 
 DEFAULT_TEXT = """\
 The lighthouse on the northern point was built in 1874, after two ships had been lost on the rocks in a single winter. \
@@ -34,3 +39,12 @@ warm outside, and asked me to drive her to the station.
 There are seven days in a week, twelve months in a year and sixty minutes in an hour. If a train leaves at a quarter \
 past nine and the journey takes two hours and fifty minutes, it arrives at five minutes past twelve.
 """
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8. Raises `InputError` if it cannot be read."""
+    try:
+        with open_file(path) as file:
+            return file.read().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a text file in UTF-8, cannot read it ({error})") from error

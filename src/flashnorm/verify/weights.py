@@ -1,50 +1,50 @@
 """Verifies a converted checkpoint bit for bit against its source: streaming, for any size.
 
-* Every tensor that was to be copied is byte-identical; every folded one is the correctly rounded product, recomputed by
-  `products.py`, which shares no code with the conversion. Nothing is missing, nothing extra.
-* What folds into what comes from a fresh plan, not from the manifest, which is checked like everything else.
-* Whatever differs is collected and named; verification does not stop at the first.
+* Every copied tensor must be byte-identical, and every folded tensor the correctly rounded product, which `products.py`
+  checks without sharing code with the conversion. No tensor may be missing, and none may be extra.
+* The plan is made afresh and not taken from the manifest, which is checked like everything else.
+* All differences are collected and named; verification does not stop at the first one.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashnorm.checkpoint.names import CheckpointPlan
-from flashnorm.checkpoint.reader import Checkpoint
-from flashnorm.plan import FoldPlan
+from flashnorm.files.reader import Checkpoint
+from flashnorm.planning.planned import PlannedCheckpoint
+from flashnorm.planning.tensors import TensorPlan
 from flashnorm.verify.biases import check_biases
 from flashnorm.verify.files import check_files
 from flashnorm.verify.findings import Finding, Findings
-from flashnorm.verify.products import FORMATS, decode
+from flashnorm.verify.formats import FORMATS, decode
+from flashnorm.verify.one_tensor import Pair
 from flashnorm.verify.range import NO_UNDERFLOW, Underflow
 from flashnorm.verify.rounding import Rounding, RoundingSample
-from flashnorm.verify.tensors import Pair, compare_tensors
+from flashnorm.verify.tensors import compare_tensors
 
 PROBLEMS_IN_FULL = 100
 
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What `verify_weights` looked at, and what it found wrong.
+    """What `verify_weights` checked, and what it found wrong. The first five counts are of what was found right.
 
     Attributes:
-        folded: tensors that are the correctly rounded product of the source's and their gains.
-        biases: biases that are the correctly rounded sum, or quotient.
-        unchanged: tensors that are the source's bytes.
-        norms: norm tensors that left the checkpoint, or that are kept at their identity value.
-        files: files whose hash is right.
+        folded: number of tensors that are the correctly rounded product of the source tensor and its gains.
+        biases: number of biases that are the correctly rounded sum or quotient.
+        unchanged: number of tensors that are byte-identical to the source's.
+        norms: number of norm tensors that are removed, or stored at their identity value.
+        files: number of files whose hash is right.
         nbytes: size of the converted tensors, in bytes.
-        seconds: that it took.
-        findings: what is wrong, at most `PROBLEMS_IN_FULL` of them.
-        problems: how many there are in all.
-        rounding: how the errors of the folded weights are distributed, of a sample; None if nothing was folded.
-        underflow: what folded weights lost at the small end of their dtype's range, of all of them.
+        seconds: how long the verification took.
+        findings: what is wrong, at most `PROBLEMS_IN_FULL` findings.
+        problems: number of findings in total.
+        rounding: distribution of the rounding errors in a sample of the folded weights; None if nothing was folded.
+        underflow: the folded weights that lost bits because they are too small for their dtype.
     """
 
     folded: int
@@ -83,27 +83,23 @@ class WeightsReport:
 
 
 def verify_weights(
-    source: str | Path,
-    converted: str | Path,
-    names: CheckpointPlan,
-    plan: FoldPlan | None = None,
+    planned: PlannedCheckpoint,
+    result: Checkpoint,
     *,
     advance: Callable[[int], None] | None = None,
 ) -> WeightsReport:
     """Compare a converted checkpoint with its source, bit for bit.
 
     Args:
-        source: folder of the original checkpoint.
-        converted: folder of the converted one.
-        names: what folds into what, freshly planned, in the names of the source's tensors.
-        plan: the same in the names of the module's parameters, to check the manifest against.
+        planned: the source with a fresh plan.
+        result: the converted checkpoint.
         advance: called with the number of bytes of the converted tensors done since the last call.
 
     Raises:
-        InputError: one of the two is no readable checkpoint.
+        InputError: one of the two checkpoints cannot be read.
     """
     started = time.monotonic()
-    original, result = Checkpoint.open(source), Checkpoint.open(converted)
+    original, names = planned.checkpoint, planned.tensors
     findings = Findings(PROBLEMS_IN_FULL)
     pairs = _pairs(original, result, names, findings)
     norms = check_norms(result, names, findings, original)
@@ -118,7 +114,7 @@ def verify_weights(
         original, result, pairs, report, advance or (lambda nbytes: None), sample
     )
     biases = check_biases(original, result, names, report)
-    files = check_files(original, result, names, plan, of_source, of_result, findings)
+    files = check_files(planned, result, of_source, of_result, findings)
     return WeightsReport(
         folded=sum(pair.fold is not None and pair.name not in wrong for pair in pairs),
         biases=biases,
@@ -134,8 +130,8 @@ def verify_weights(
     )
 
 
-def _pairs(original: Checkpoint, result: Checkpoint, names: CheckpointPlan, findings: Findings) -> list[Pair]:
-    """The tensors to compare, in the order of the converted checkpoint. What has no partner is a finding."""
+def _pairs(original: Checkpoint, result: Checkpoint, names: TensorPlan, findings: Findings) -> list[Pair]:
+    """The tensors to compare, in the order of the converted checkpoint. A tensor without a partner is a finding."""
     expected = {name: name for name in original.tensors if name not in names.norms} | names.untied
     for name in expected.keys() - result.tensors.keys():
         findings.add(Finding("tensor", name, "is missing"))
@@ -152,7 +148,7 @@ def _pairs(original: Checkpoint, result: Checkpoint, names: CheckpointPlan, find
             found, wanted = (f"{info.dtype} {list(info.shape)}" for info in (stored, source))
             findings.add(Finding("tensor", name, "has another dtype or shape", stored=found, expected=wanted))
         elif changed_bias and source.dtype in FORMATS:
-            continue  # for `check_biases`
+            continue  # `check_biases` checks it
         elif fold and (unknown := _unknown(original, source.dtype, (use.norm for use in fold.gains))):
             findings.add(Finding("tensor", name, f"was folded, in a dtype that cannot be checked: {unknown}"))
         else:
@@ -165,19 +161,19 @@ def _unknown(original: Checkpoint, dtype: str, norms: Iterable[str]) -> str | No
     return next((dtype for dtype in dtypes if dtype not in FORMATS), None)
 
 
-def check_norms(
-    result: Checkpoint, names: CheckpointPlan, findings: Findings, original: Checkpoint | None = None
-) -> int:
-    """Folded norms are absent, or all are there at the value by which the module multiplies by one.
+def check_norms(result: Checkpoint, names: TensorPlan, findings: Findings, original: Checkpoint | None = None) -> int:
+    """Check that the folded norms are all absent, or stored at their identity value.
+
+    They may be stored if all of them are (--keep-norms), or exactly those that the plan spells out.
 
     Args:
         result: the converted checkpoint.
-        names: what folds into what.
-        findings: takes what is wrong.
-        original: the source, where it is there to say dtype and shape.
+        names: the plan, in tensor names.
+        findings: collects what is wrong.
+        original: the source, which gives dtype and shape; None if it is not available.
 
     Returns:
-        How many are right.
+        How many norms are right.
     """
     present = {name: one for name, one in names.norms.items() if name in result.tensors}
     if len(present) < len(names.norms) and present.keys() != set(names.spelled_out):

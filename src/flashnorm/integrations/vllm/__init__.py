@@ -1,13 +1,13 @@
-"""vLLM plugin: a FlashNorm checkpoint loads as any other does (entry point `vllm.general_plugins`).
+"""vLLM plugin: makes FlashNorm checkpoints load like any other (entry point `vllm.general_plugins`).
 
-* Ordinary models: two wrapped functions of vLLM look for a key in the config, find none, and that is all.
-* The norms that the config names are built without weight, and nothing else changes: what vLLM requires, it still
-  requires. What vLLM itself does not notice is checked here: a linear that is absent from the files.
-* A checkpoint without our key is looked at when vLLM has refused it: are exactly the norms absent that can be folded?
-* vLLM loads plugins in each of its processes; all that is done here is done in each of them.
+* For ordinary models, the wrapped functions of vLLM look for a key in the config, do not find it, and do nothing.
+* The norms that the config names are built without weight. vLLM still requires every other weight that it requires. It
+  does not notice that the files lack a linear layer, so the plugin checks that.
+* A checkpoint without FlashNorm's key is examined after vLLM has refused it: does it lack exactly the foldable norms?
+* vLLM loads plugins in each of its processes, so everything here is done in each of them.
 
-`plugin` wraps functions of vLLM, `norms` builds norms without weight, `files` looks at the checkpoint, and `rules` is
-what can be decided without vLLM.
+`plugin` wraps functions of vLLM, `norms` builds norms without weight, `files` examines the checkpoint, and `rules` has
+the decisions that do not need vLLM.
 """
 
 from flashnorm.integrations.vllm.plugin import register

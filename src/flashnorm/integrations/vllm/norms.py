@@ -1,4 +1,4 @@
-"""The norms of a model of vLLM, built without weight."""
+"""Takes the weights out of the norms of a model of vLLM."""
 
 import functools
 from collections.abc import Collection, Iterable
@@ -18,21 +18,21 @@ def make_weightless(
     """Take the named norms' weights out of a model of vLLM, in place.
 
     Args:
-        model: vLLM's.
-        norms: the checkpoint's names of the weights.
-        vllm_config, model_config: what it was built from.
-        stored: the tensors that the checkpoint's files hold. A norm among them whose class cannot be built without
-            weight is left as it is, since it is loaded as ever.
+        model: vLLM's model.
+        norms: the checkpoint's names of the norms' weights.
+        vllm_config, model_config: the configs that the model was built from.
+        stored: the tensors that the checkpoint's files hold. A norm among them whose class needs a weight keeps it, and
+            vLLM loads it as usual.
 
     Returns:
-        Checkpoint tensor -> its identity value, of what has no place in the model any more.
+        Checkpoint tensor -> its identity value, for the weights that the model has no parameter for any more.
 
     Raises:
-        InputError: a norm is not there, or of a class that cannot be built without weight.
+        InputError: the model has no such norm, or the norm's class needs a weight that the files lack.
     """
     parameters = dict(model.named_parameters())
     rename, elsewhere = vllm.renaming(model), vllm.on_other_stages(model)
-    # A head that drafts for its own model has that one's config.
+    # If a model drafts for itself, the draft has the same checkpoint as the target, but only some of its norms.
     target = vllm_config.model_config
     drafts_for_itself = model_config is not target and model_config.model == target.model
     constant = fused_with_weight(
@@ -65,17 +65,17 @@ def make_weightless(
 def _take_weight(model: nn.Module, name: str, constant: bool, dtype: torch.dtype) -> float | None:
     """Take a parameter out of a norm.
 
-    Its value stays as a constant under the same name where code may read it there: vLLM's fused operators do. It is a
-    buffer, so that it outlives vLLM's sleep, but is no part of the state dict.
+    A constant of the same name replaces the parameter, because vLLM's fused operators may read it. It is a buffer that
+    is not in the state dict; as a buffer, it survives vLLM's sleep mode.
 
     Args:
-        model: vLLM's.
-        name: the parameter.
-        constant: let the norm pass the constant to its operator.
-        dtype: the model's.
+        model: vLLM's model.
+        name: the name of the parameter.
+        constant: whether the norm passes the constant to its operator.
+        dtype: the model's dtype.
 
     Returns:
-        The value at which it has no effect; None if the norm's class is not known, and nothing was done.
+        The parameter's identity value; None if the norm's class is unknown, and nothing was changed.
     """
     owner_name, _, attribute = name.rpartition(".")
     norm: Any = model.get_submodule(owner_name)
@@ -85,7 +85,7 @@ def _take_weight(model: nn.Module, name: str, constant: bool, dtype: torch.dtype
     identity = 0.0 if attribute == "bias" else identity
     weight = norm.get_parameter(attribute)
     delattr(norm, attribute)
-    # LayerNorm's operator wants weight and bias of the input's dtype, and its classes look at the weight's for that.
+    # LayerNorm's operator needs weight and bias in the input's dtype, and vLLM's class reads that off its weight.
     if type(norm).__name__ == "LayerNorm" and hasattr(norm, "bias") and weight.dtype == dtype:
         norm.register_parameter(attribute, None)
     else:
@@ -102,12 +102,12 @@ def _take_weight(model: nn.Module, name: str, constant: bool, dtype: torch.dtype
 
 @functools.cache
 def _weightless_gemma(base: Any) -> Any:
-    """A class of Gemma's norms whose operator is given no weight: `x / rms` instead of `x / rms * (1 + 0)`."""
+    """A subclass of one of Gemma's norms that passes no weight: `x / rms` instead of `x / rms * (1 + 0)`."""
     rms_norm, fused_add_rms_norm = vllm.weightless_operators()
 
     class WeightlessGemmaRMSNorm(base):
         def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-            """`[tokens, hidden size]` to the same; with a residual, that is added first, and returned as well."""
+            """Normalise `[tokens, hidden size]`; a residual is added first, and the sum is returned as well."""
             if residual is None:
                 return rms_norm(x, None, self.variance_epsilon)
             return fused_add_rms_norm(x, residual, None, self.variance_epsilon)

@@ -1,4 +1,4 @@
-"""What is wrapped around functions of vLLM, in each of its processes."""
+"""The wrappers around functions of vLLM, in each of its processes."""
 
 import functools
 import inspect
@@ -12,27 +12,28 @@ from typing import Any
 
 from torch import nn
 
-from flashnorm.acceptance import quantizations
-from flashnorm.checkpoint.reader import CONFIG_FILE, Checkpoint
-from flashnorm.checkpoint.state import listed_norms
 from flashnorm.compat import vllm
 from flashnorm.compat.arguments import bound
 from flashnorm.errors import InputError
+from flashnorm.files.reader import CONFIG_FILE, Checkpoint
+from flashnorm.format import CONFIG_FLAGS, CONFIG_KEY, is_marked, listed_norms
 from flashnorm.integrations.vllm.files import check_complete, folded_norms, open_files, planned
 from flashnorm.integrations.vllm.norms import make_weightless
 from flashnorm.integrations.vllm.rules import differs, refusal, unsupported, without_folded
-from flashnorm.runtime.adapters import adapter_refusal
+from flashnorm.models.adapters import adapter_refusal
+from flashnorm.planning.checks import quantizations
+from flashnorm.planning.planned import PlannedCheckpoint
 
 _log = logging.getLogger("vllm.flashnorm")
 
 
 @dataclass
 class _Built:
-    """A model that was built, and what it was built from.
+    """What is known about a model that vLLM built.
 
     Attributes:
-        vllm_config, model_config: vLLM's.
-        norms: checkpoint tensor -> its identity value, of what has no place in the model any more.
+        vllm_config, model_config: the configs that it was built from.
+        norms: checkpoint tensor -> its identity value, for the weights that the model has no parameter for any more.
     """
 
     vllm_config: Any
@@ -44,9 +45,9 @@ _BUILT: "weakref.WeakKeyDictionary[nn.Module, _Built]" = weakref.WeakKeyDictiona
 
 
 def register() -> None:
-    """Prepare vLLM for FlashNorm checkpoints. vLLM calls this in each of its processes; twice does no harm."""
+    """Prepare vLLM for FlashNorm checkpoints. vLLM calls this in each of its processes; a second call does nothing."""
     problem = unsupported(vllm.version()) or _differs(vllm.changed_part())
-    if (part := vllm.CREATE_CONFIG.lacks()) is not None:  # nothing can be refused early, nor anything else be done
+    if (part := vllm.CREATE_CONFIG.lacks()) is not None:  # then nothing can be wrapped
         _log.warning("FlashNorm: %s", problem or _differs(part))
         return
     _wrap(vllm.CREATE_CONFIG, functools.partial(_with_check, problem))
@@ -69,15 +70,15 @@ def _differs(part: str | None) -> str | None:
 
 
 def _not_understood(model: Any, function: str, arguments: Iterable[str]) -> InputError:
-    """What vLLM says besides what is known may matter, and it has no code of its own for a FlashNorm checkpoint."""
+    """The error for unknown arguments: they may matter, and vLLM cannot load a FlashNorm checkpoint by itself."""
     part = f"{function} is given {', '.join(arguments)}"
     return InputError(f"{model}: a FlashNorm checkpoint: {differs(vllm.version(), part)}")
 
 
 def _with_check(problem: str | None, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `EngineArgs.create_engine_config`, in the first process: refuse what cannot work before others start.
+    """Around `EngineArgs.create_engine_config`: refuse in the first process what cannot work, before others start.
 
-    Whatever it is given is its own affair; what it returns counts.
+    Only the returned config is read, so the arguments do not have to be known.
     """
 
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
@@ -110,20 +111,21 @@ def _with_weightless_norms(original: Callable[..., nn.Module]) -> Callable[..., 
         _BUILT[model] = built
         if marked:
             checkpoint = open_files(built.vllm_config.load_config, built.model_config)
-            listed = _listed(built.model_config)
-            # There is no plan of quantised weights. vLLM does not miss any of those either: absent norms stay at the
-            # identity value that it builds them with.
+            listed, plan = _listed(built.model_config), None
+            # Without our key, a quantised model needs no plan: vLLM does not miss any of its weights, and absent norms
+            # keep the identity value that vLLM initialises them with.
             if listed is None and checkpoint is not None and not any(quantizations(checkpoint.config)):
-                listed = folded_norms(checkpoint, planned(checkpoint, built.model_config.trust_remote_code))
+                plan = planned(checkpoint, built.model_config.trust_remote_code)
+                listed = folded_norms(plan)
             if listed:
-                _fold(model, built, listed, checkpoint)
+                _fold(model, built, listed, checkpoint, plan)
         return model
 
     return initialize_model
 
 
 def _with_second_look(original: Callable[..., None]) -> Callable[..., None]:
-    """Around `track_weights_loading`: a checkpoint without our key may lack exactly the norms that can be folded."""
+    """Around `track_weights_loading`: after an error, check whether exactly the foldable norms are absent."""
 
     def track_weights_loading(*args: Any, **kwargs: Any) -> None:
         try:
@@ -141,13 +143,13 @@ def _with_second_look(original: Callable[..., None]) -> Callable[..., None]:
             if checkpoint is None:
                 raise
             try:
-                names = planned(checkpoint, built.model_config.trust_remote_code)
+                plan = planned(checkpoint, built.model_config.trust_remote_code)
             except InputError:
                 raise error from None
-            norms = folded_norms(checkpoint, names)
+            norms = folded_norms(plan)
             if not norms:
                 raise
-        _fold(model, built, norms, checkpoint)
+        _fold(model, built, norms, checkpoint, plan)
         return original(*args, **kwargs)
 
     return track_weights_loading
@@ -160,11 +162,11 @@ def _say_once(part: str) -> None:
 
 def _is_marked(model_config: Any) -> bool:
     hf_config = getattr(model_config, "hf_config", None)
-    return bool(getattr(hf_config, "flash_norm", None)) or getattr(hf_config, "flashnorm", None) is not None
+    return is_marked({key: getattr(hf_config, key, None) for key in (*CONFIG_FLAGS, CONFIG_KEY)})
 
 
 def _listed(model_config: Any) -> list[str] | None:
-    entry = {"flashnorm": getattr(model_config.hf_config, "flashnorm", None)}
+    entry = {CONFIG_KEY: getattr(model_config.hf_config, CONFIG_KEY, None)}
     return listed_norms(entry, Path(model_config.model) / CONFIG_FILE)
 
 
@@ -181,16 +183,18 @@ def _check(vllm_config: Any, model_config: Any, norms: Iterable[str]) -> None:
         raise InputError(f"{model_config.model}: a FlashNorm checkpoint: {why}")
 
 
-def _fold(model: nn.Module, built: _Built, norms: list[str], checkpoint: Checkpoint | None) -> None:
-    """Make a model of vLLM a folded one, in place.
+def _fold(
+    model: nn.Module, built: _Built, norms: list[str], checkpoint: Checkpoint | None, plan: PlannedCheckpoint | None
+) -> None:
+    """Take the folded norms' weights out of a model of vLLM, in place; `plan` is the planned checkpoint, if known.
 
     Raises:
-        InputError: `make_weightless` does; the checkpoint lacks anything else; or the model is to be used in a way that
-            needs what is not there any more.
+        InputError: a norm cannot be made weightless, the checkpoint lacks another tensor, or the model is to be used
+            in a way that needs the gains.
     """
     _check(built.vllm_config, built.model_config, norms)
     if checkpoint is not None:
-        check_complete(checkpoint, norms, built.model_config.trust_remote_code)
+        check_complete(checkpoint, norms, built.model_config.trust_remote_code, plan and plan.names)
     stored = () if checkpoint is None else checkpoint.tensors
     built.norms = make_weightless(model, norms, built.vllm_config, built.model_config, stored)
     load_weights: Any = model.load_weights
@@ -211,7 +215,7 @@ def _fold(model: nn.Module, built: _Built, norms: list[str], checkpoint: Checkpo
 
 
 def _with_adapter_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around the loading of a LoRA adapter: refuse one that was trained on the model before its conversion."""
+    """Around the loading of a LoRA adapter: refuse an adapter that was trained on the model before its conversion."""
 
     def load_adapter(*args: Any, **kwargs: Any) -> Any:
         given, unknown = bound(original, vllm.LOAD_ADAPTER.parameters, args, kwargs)

@@ -1,4 +1,4 @@
-"""What the plugin decides, without vLLM: versions, names and uses that are refused."""
+"""The plugin's decisions that do not need vLLM: which versions and uses are refused, and which names match."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from flashnorm.errors import InputError
 
-# The oldest that is tested, which is among the first for the PyTorch that flashnorm needs.
+# The oldest version that is tested; it is among the first for the PyTorch that flashnorm needs.
 OLDEST = "0.27.1"
 
-# Compiler passes whose fused operators take a norm's weight, or look for one. The first is for quantised linears.
+# Compiler passes whose fused operators need a norm's weight. The first one is for quantised linear layers.
 _PASSES_WITH_WEIGHT = (
     "fuse_norm_quant",
     "fuse_allreduce_rms",
@@ -24,12 +24,12 @@ _PASSES_WITH_WEIGHT = (
 # Draft methods that do not read the target's hidden states.
 _INDEPENDENT_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 
-# Loaders that build models or take weights in ways of their own.
+# Load formats that build models or read weights in another way than from the checkpoint's files.
 _OTHER_LOADERS = ("tensorizer", "ipc_cache", "modelexpress")
 
 
 def unsupported(version: str) -> str | None:
-    """Why a version of vLLM cannot be used, or None. Versions that are no numbers are builds of someone's own."""
+    """Why a version of vLLM cannot be used, or None. A version that is no number is a custom build, and accepted."""
     try:
         known = Version(version)
     except InvalidVersion:
@@ -40,11 +40,11 @@ def unsupported(version: str) -> str | None:
 
 
 def differs(version: str, part: str) -> str:
-    """Why a version of vLLM cannot be used, though its number says nothing against it.
+    """Why a version of vLLM cannot be used although its number is supported.
 
     Args:
-        version: vLLM's.
-        part: what is not as it was.
+        version: vLLM's version.
+        part: the part of vLLM that differs from what the plugin expects.
     """
     return (
         f"expected a vLLM that loads models in a way that is known, found version {version}, which differs ({part}); "
@@ -53,14 +53,14 @@ def differs(version: str, part: str) -> str:
 
 
 def parameter_of(tensor: str, parameters: Collection[str]) -> str | None:
-    """The parameter of a vLLM model that a checkpoint tensor is loaded into, told by its name.
+    """The parameter of a vLLM model that a checkpoint tensor is loaded into, found by name.
 
     Args:
         tensor: the tensor's name, after the model's own renaming.
-        parameters: names of the model's parameters; a prefix may be more or less than in the checkpoint.
+        parameters: names of the model's parameters, which may have a longer or a shorter prefix than the checkpoint.
 
     Returns:
-        The one of this name; else the only one that has the name as its end, or is its end; else None.
+        The parameter with this name; else the only parameter whose name ends with it, or is its ending; else None.
     """
     if tensor in parameters:
         return tensor
@@ -69,7 +69,7 @@ def parameter_of(tensor: str, parameters: Collection[str]) -> str | None:
 
 
 def on_other_stage(tensor: str, missing: Iterable[str]) -> bool:
-    """Whether a tensor belongs to a module that another stage of the pipeline has; `missing` are their names."""
+    """Whether a tensor belongs to a module on another pipeline stage; `missing` has the names of those modules."""
     parts = tensor.split(".")
     prefixes = {".".join(parts[:count]) for count in range(1, len(parts))}
     return any(
@@ -79,7 +79,7 @@ def on_other_stage(tensor: str, missing: Iterable[str]) -> bool:
 
 
 def outside_layers(norms: Iterable[str]) -> list[str]:
-    """The norms that are in no numbered layer: the final norm, in particular."""
+    """The norms that are in no numbered layer, such as the final norm."""
     return [name for name in norms if not any(part.isdigit() for part in name.split("."))]
 
 
@@ -87,9 +87,9 @@ def refusal(norms: Iterable[str], *, runner: str, draft: str | None, load_format
     """Why vLLM cannot use a FlashNorm checkpoint in this way, or None.
 
     Args:
-        norms: the weightless norms.
-        runner: vLLM's runner: "generate", "pooling", "draft".
-        draft: the method of speculative decoding.
+        norms: names of the weightless norms.
+        runner: vLLM's runner: "generate", "pooling" or "draft".
+        draft: the method of speculative decoding, or None.
         load_format: vLLM's load format.
     """
     final = outside_layers(norms)
@@ -110,32 +110,32 @@ def refusal(norms: Iterable[str], *, runner: str, draft: str | None, load_format
 
 
 def fused_with_weight(passes: Any, *, compiled: bool, quantized: bool) -> bool:
-    """Whether norms should pass a constant weight, since without one they would not be fused with what is around them.
+    """Whether norms should pass a constant weight, because a compiler pass would not fuse them without one.
 
     Args:
         passes: vLLM's `PassConfig`.
-        compiled: whether vLLM's compiler runs, whose passes these are.
-        quantized: whether the linears are.
+        compiled: whether vLLM's compiler runs; otherwise its passes do not run either.
+        quantized: whether the linear layers are quantised.
     """
     chosen = [name for name in _PASSES_WITH_WEIGHT if getattr(passes, name, None)]
     return compiled and bool(chosen) and (quantized or chosen != ["fuse_norm_quant"])
 
 
 def without_folded(weights: Iterable[tuple[str, Tensor]], norms: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors without those of the folded norms (`--keep-norms` writes them).
+    """A checkpoint's tensors without the tensors of folded norms, which `--keep-norms` writes.
 
     Args:
-        weights: name and value of each.
-        norms: checkpoint tensor -> its identity value.
+        weights: name and value of each tensor.
+        norms: name of a folded norm's tensor -> its identity value.
 
     Raises:
-        InputError: one of them is not at its identity value.
+        InputError: the tensor of a folded norm is not at its identity value.
     """
     for name, tensor in weights:
         if name not in norms:
             yield name, tensor
         elif not bool((tensor == norms[name]).all()):
             raise InputError(
-                f"expected {name} at {norms[name]:g}, because config.json says that it is folded, found other values; "
-                "are these the weights of this model? Convert it again"
+                f"expected {name} at {norms[name]:g}, because config.json says that it is folded, found other values: "
+                "the model was trained since it was converted; convert it again, which folds these norms, too"
             )

@@ -1,0 +1,239 @@
+"""Converts a checkpoint, by its fold plan, to a FlashNorm checkpoint.
+
+* Streaming: each byte of the source is read once, and each byte of the output is written once. Only a tensor that is
+  untied and the weight of a linear layer whose bias takes a norm's bias are read twice; so is everything, if the result
+  is verified.
+* Only folding shows whether a product is too large for its dtype. If one is, the norm is kept after all, and the shards
+  that this changes are written again.
+* All or nothing: a source or target is refused before anything is written, and the target appears by one rename.
+* A conversion can be verified before the target appears (`verify=True`): the model card then says what was found.
+* A run that was interrupted can be continued, and ends with the same bytes as an uninterrupted run.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashnorm.convert.acceptance import check_config, check_places, check_plan
+from flashnorm.convert.job import Job, ProgressCallback
+from flashnorm.errors import DifferenceError, InputError
+from flashnorm.files.reader import Checkpoint
+from flashnorm.files.staging import Staging, check_target, disk_errors
+from flashnorm.format import FileRecord
+from flashnorm.hub import check_login, hub_identity, local_folder
+from flashnorm.plan import FoldPlan
+from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
+
+if TYPE_CHECKING:
+    from flashnorm.verify.report import VerifyReport
+
+__all__ = ["ConvertResult", "ProgressCallback", "convert", "convert_checkpoint"]
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did.
+
+    Attributes:
+        target: the folder that was written.
+        norms: how many norm weights were folded.
+        linears: how many stored weight tensors they were folded into.
+        spelled_out: how many norm tensors stay, at their identity value, since Transformers would initialise them to
+            another one.
+        tensors: how many tensors the output holds.
+        shards, resumed_shards: how many safetensors files it has, and how many of them an earlier run had finished.
+        bytes_read, bytes_written: what this run has read and written, without the shards of an earlier run.
+        seconds: wall time.
+        plan: what was folded, and which norms were kept and why.
+        remarks: what is odd about the source's files but does no harm, in words.
+        left_out: files and folders of the source that do not belong to the model, and were not copied.
+        report: the report of the verification, if there was one.
+        pushed: the address of the repository that it was uploaded to, if it was.
+    """
+
+    target: Path
+    norms: int
+    linears: int
+    spelled_out: int
+    tensors: int
+    shards: int
+    resumed_shards: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    plan: FoldPlan
+    remarks: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    report: "VerifyReport | None" = None
+    pushed: str | None = None
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    keep_norms: bool = False,
+    untie: bool = False,
+    keep: Sequence[str] = (),
+    force: bool = False,
+    verify: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback | None = None,
+    stage: Callable[[str], object] = lambda words: None,
+) -> ConvertResult:
+    """Trace a checkpoint's model and write its FlashNorm version; see `convert_checkpoint`.
+
+    Args:
+        source: the checkpoint's folder, or its hub id.
+        target: the folder to write.
+        revision: branch, tag or commit of a hub repository; None for its main branch.
+        subfolder: the model's folder, relative to the source's.
+        keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
+        untie: give a tied model a head of its own, so that its final norm folds as well.
+        keep: shell patterns for norms that are not to be folded, or "final"; see `flashnorm.planning.keep`.
+        force: replace a target that exists, if everything in it is what `convert` wrote, unchanged.
+        verify: compare the result with the source before it appears at the target, as `flashnorm.verify` does, and put
+            a summary into its model card.
+        push_to_hub: hub id of the repository to upload the result to; see `flashnorm.push`.
+        private: whether that repository is made private, if it does not exist; None for the owner's default.
+        trust_remote_code: whether code in the checkpoint's folder may run.
+        progress: called while an old target is read, while weights are written, and while they are verified.
+        stage: called with a few words when another of these stages begins.
+
+    Raises:
+        InputError: the source or the target cannot be used, or the disk is full; or the result cannot be uploaded, and
+            then stays at the target.
+        DifferenceError: with `verify`, the result is not the same model. The target is then left as it was.
+    """
+    if push_to_hub is not None:
+        check_login(push_to_hub)
+    checkpoint = Checkpoint.open(local_folder(source, revision, subfolder))
+    # The checks that need no model come before a model is built.
+    check_config(checkpoint)
+    check_places(checkpoint.folder, Path(target))
+    check_target(Path(target), force=force)
+    planned = plan_checkpoint(checkpoint, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
+    report = None
+
+    def proof(staged: Path) -> str:
+        nonlocal report
+        from flashnorm.verify import verify as compare
+        from flashnorm.verify.summary import card_summary
+
+        stage("comparing weights")
+        compared = compare(
+            checkpoint.folder, staged, progress=progress, stage=stage, trust_remote_code=trust_remote_code
+        )
+        report = replace(compared, source=str(source), converted=str(target))
+        if not report.ok:
+            raise DifferenceError(report.verdict, report)
+        return card_summary(report)
+
+    result = convert_checkpoint(
+        planned,
+        target,
+        keep_norms=keep_norms,
+        force=force,
+        proof=proof if verify else None,
+        progress=progress,
+        stage=stage,
+    )
+    result = replace(result, report=report)
+    if push_to_hub is None:
+        return result
+    from flashnorm.convert.push import push
+
+    stage("uploading")
+    return replace(result, pushed=push(target, push_to_hub, private=private))
+
+
+def convert_checkpoint(
+    planned: PlannedCheckpoint,
+    target: str | Path,
+    *,
+    keep_norms: bool = False,
+    force: bool = False,
+    source_id: str | None = None,
+    revision: str | None = None,
+    proof: Callable[[Path], str] | None = None,
+    progress: ProgressCallback | None = None,
+    stage: Callable[[str], object] = lambda words: None,
+) -> ConvertResult:
+    """Write the FlashNorm version of a checkpoint.
+
+    Args:
+        planned: the source. Its plan goes into the manifest; its plan by tensors is carried out.
+        target: the folder to write.
+        keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
+        force: replace a target that exists, if everything in it is what `convert` wrote, unchanged.
+        source_id, revision: hub id and commit of the source; by default, those that its path in the hub's cache tells.
+        proof: called with the folder of the complete result before it is published. The text that it returns goes to
+            the end of the model card. If it raises an error, the error is passed on and nothing is published.
+        progress: called while an old target is read, and while weights are written.
+        stage: called with a few words when another of these stages begins.
+
+    Raises:
+        InputError: the source or the target cannot be used, or the disk is full. Finished shards are left for the next
+            run to continue with; if there are none, nothing is left.
+    """
+    started = time.monotonic()
+    target, checkpoint = Path(os.path.abspath(target)), planned.checkpoint
+    check_config(checkpoint)
+    check_plan(planned)
+    check_places(checkpoint.folder, target)
+    check_target(target, force=force)
+    if source_id is None:
+        source_id, revision = hub_identity(checkpoint.folder)
+    job = Job(planned, keep_norms, source_id, revision)
+    if force:
+        stage("reading the old target")
+    with disk_errors(target), Staging(target, job.key(), force=force, progress=progress) as staging:
+        if force:
+            stage("converting")
+        copied = sum((checkpoint.folder / name).stat().st_size for name in job.copies)
+        _check_free_space(target.parent, sum(job.sizes.values()) + copied - staging.resumable_bytes())
+        job.write_shards(staging, progress)
+        job.write_small_files(staging)
+        if proof is not None:
+            try:
+                job.add_to_card(staging, proof(staging.model))
+            except DifferenceError:
+                staging.forget()
+                raise
+        staging.publish()
+    return ConvertResult(
+        target=target,
+        norms=len(job.plan.folds),
+        linears=len(job.names.folds),
+        spelled_out=len(job.names.spelled_out),
+        tensors=sum(len(tensors) for tensors in job.tensors.values()),
+        shards=len(job.sizes),
+        resumed_shards=len(job.resumed),
+        bytes_read=_bytes(job.read, job.resumed) + sum(record.source.size for record in job.replaced),
+        bytes_written=_bytes(job.written, job.resumed) + sum(record.output.size for record in job.replaced),
+        seconds=time.monotonic() - started,
+        plan=job.plan,
+        remarks=job.checkpoint.remarks,
+        left_out=job.left_out,
+    )
+
+
+def _check_free_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: expected {needed / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB; make room or choose "
+            "a target on another disk"
+        )
+
+
+def _bytes(records: Mapping[str, FileRecord], resumed: set[str]) -> int:
+    return sum(record.size for name, record in records.items() if name not in resumed)

@@ -1,0 +1,195 @@
+"""Proves that a model's decoder layers compute the formula in `deferred.py`.
+
+* One layer of each kind (same types and settings of its modules) runs in float32 on random numbers, and so does
+  `deferred.decoder_layer` with the layer's weights. If the results differ, the model is refused.
+* What the model passes to its layers is checked as well: the mask of each layer, and that the RoPE tables of a position
+  are the same in every sequence.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
+
+from flashnorm.compat.generation import attention_implementation
+from flashnorm.cpu.decoder import Decoder, UnsupportedError
+from flashnorm.cpu.deferred import LayerWeights, decoder_layer, inverse_rms
+from flashnorm.cpu.structure import find_decoder
+
+_TOKENS = 8
+# Tolerance for float32 sums in another order, relative to the largest element of the layer's output.
+_SAME = 1e-4
+
+
+@torch.inference_mode()
+def read_decoder(model: PreTrainedModel) -> Decoder:
+    """Find a model's decoder and prove its layers, one of each kind.
+
+    Args:
+        model: the model, in memory, on the CPU, in evaluation mode.
+
+    Raises:
+        UnsupportedError: a part of the model is not what the kernels compute.
+    """
+    decoder = find_decoder(model)
+    _prove_layers(model, decoder)
+    return decoder
+
+
+def _prove_layers(model: Any, decoder: Decoder) -> None:
+    _check_rotation(decoder, model.config.max_position_embeddings)
+    _check_windows(model, decoder)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator)
+    tables = decoder.tables(0, _TOKENS)
+    with _eager(model):
+        for index in kinds_of_layers(model, decoder).values():
+            layer, weights = model.base_model.layers[index], decoder.layers[index]
+            cos, sin = (table[weights.table] for table in tables)
+            expected = _run(layer, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
+            found = decoder_layer(x, cos, sin, _as_float(weights), decoder.settings)
+            _compare(f"layer {index}", found - x, expected - x)
+    # Embedding, final norm and head: the model's own code without any layer, compared with the formula.
+    ids = torch.randint(0, decoder.embedding.shape[0], (1, _TOKENS), generator=generator)
+    embedded: list[Tensor] = []
+    hook = model.base_model.norm.register_forward_pre_hook(lambda _, args: embedded.append(args[0].float()))
+    try:
+        with _without_layers(model):
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    settings, cap = decoder.settings, decoder.logit_cap
+    x = decoder.embedding[ids].float() * decoder.embedding_scale
+    read = x * inverse_rms(x, settings.eps)
+    read = read if decoder.final_gain is None else read * (decoder.final_gain.float() + settings.gain_offset)
+    found = F.linear(read.to(decoder.head.dtype), decoder.head).float() * decoder.logit_scale
+    found = found if cap is None else cap * (found / cap).tanh()
+    few_bits = 8 * torch.finfo(decoder.head.dtype).eps  # the model rounds intermediate results to its dtype
+    _compare("the embedding", x, embedded[0], max(_SAME, few_bits))
+    _compare("what surrounds the layers", found, expected, max(_SAME, few_bits))
+
+
+def kinds_of_layers(model: Any, decoder: Decoder) -> dict[Any, int]:
+    """Each kind of layer that a model has -> the index of the first layer of that kind."""
+    kinds: dict[Any, int] = {}
+    for index, (layer, weights) in enumerate(zip(model.base_model.layers, decoder.layers, strict=True)):
+        kinds.setdefault(_kind(layer, weights), index)
+    return kinds
+
+
+def _kind(layer: nn.Module, weights: LayerWeights) -> Any:
+    """A key that is equal for layers with the same modules, settings and parts, which therefore compute the same."""
+    plain = (bool, int, float, str)
+    modules = tuple(
+        (
+            name,
+            type(module),
+            vars(module).get("forward"),
+            tuple(
+                (key, value) for key, value in vars(module).items() if isinstance(value, plain) and key != "layer_idx"
+            ),
+        )
+        for name, module in layer.named_modules()
+    )
+    return (
+        modules,
+        tuple((name, None if value is None else name) for name, value in vars(weights).items()),
+        weights.window,
+    )
+
+
+def _check_rotation(decoder: Decoder, longest: int) -> None:
+    """Check that the RoPE tables of a position do not depend on the length of the sequence."""
+    positions = torch.arange(_TOKENS)
+    alone = decoder.tables_of(positions)
+    among = decoder.tables_of(torch.cat([positions, torch.tensor([4 * longest])]))
+    again = decoder.tables_of(positions)
+    for table, longer, after in zip(alone, among, again, strict=True):
+        if not (torch.equal(table, longer[:, :_TOKENS]) and torch.equal(table, after)):
+            raise UnsupportedError("expected the rotation of a position to be always the same, found it to change")
+
+
+def _check_windows(model: Any, decoder: Decoder) -> None:
+    """Check that the model gives each layer the mask of its window, here with a window of three positions."""
+    masks: list[Tensor | None] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+        )
+        for layer in model.base_model.layers
+    ]
+    configured = getattr(model.config, "sliding_window", None)
+    try:
+        if configured:
+            model.config.sliding_window = 3
+        with _eager(model):
+            model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long), use_cache=False)
+    finally:
+        if configured:
+            model.config.sliding_window = configured
+        for hook in hooks:
+            hook.remove()
+    for index, (mask, layer) in enumerate(zip(masks, decoder.layers, strict=True)):
+        expected = _seen(3 if layer.window else None)
+        if mask is None or not torch.equal((mask if mask.dtype == torch.bool else mask == 0)[0, 0], expected):
+            raise UnsupportedError(f"expected layer {index} to see the positions of its window, found another mask")
+
+
+def _seen(window: int | None) -> Tensor:
+    """Which positions each token sees, `[token, position]`."""
+    at = torch.arange(_TOKENS)
+    seen = at[None] <= at[:, None]
+    return seen if window is None else seen & (at[None] > at[:, None] - window)
+
+
+def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float = _SAME) -> None:
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= tolerance:
+        raise UnsupportedError(f"{what} computes something else than the kernels would, by {difference:.2g}")
+
+
+def _run(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, window: int | None) -> Tensor:
+    mask = torch.zeros(1, 1, _TOKENS, _TOKENS).masked_fill(~_seen(window), torch.finfo(torch.float32).min)
+    try:
+        output = copy.deepcopy(layer).float()(
+            x,
+            attention_mask=mask,
+            position_ids=torch.arange(_TOKENS)[None],
+            position_embeddings=(cos[None], sin[None]),
+            use_cache=False,
+        )
+    except Exception as error:
+        raise UnsupportedError(f"expected a decoder layer, found one that does not run like one: {error}") from error
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _as_float(weights: LayerWeights) -> LayerWeights:
+    tensors = {name: value.float() for name, value in vars(weights).items() if isinstance(value, Tensor)}
+    return replace(weights, **tensors)
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    before = attention_implementation(model)
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _without_layers(model: PreTrainedModel) -> Iterator[None]:
+    base: Any = model.base_model
+    layers = base.layers
+    base.layers = nn.ModuleList()
+    try:
+        yield
+    finally:
+        base.layers = layers

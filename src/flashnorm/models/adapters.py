@@ -1,0 +1,205 @@
+"""Adapters (PEFT) on folded models: an adapter that was trained before the model was folded is refused.
+
+An adapter reads the norms' outputs, and in a folded model these outputs lack the gains. An adapter that was trained
+with the gains would therefore give wrong results without any error. An adapter is right if it was trained on the folded
+model, or if it reads no folded norm (prompts; LoRA of other linear layers; IA3 where it scales a linear layer's
+outputs, or inputs that do not come from a folded norm).
+
+`flashnorm adapter` (`convert/adapter.py`) makes an adapter of the source fit.
+
+* The adapter's `base_model_name_or_path`, which PEFT takes from the model, says which model it was trained on. A model
+  that was folded in memory has no checkpoint to name, so an ending is added to its name: its adapters are then not
+  mistaken for the source's.
+* PEFT and Transformers offer no hook that could refuse an adapter, but both set the model's mode (`train`, `eval`)
+  after they load an adapter and before they train it, so the check runs there. If the mode is not set, the folded norms
+  notice the adapter: they run in every forward that is not fused, and a model with an adapter is never fused.
+"""
+
+import copy
+import inspect
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashnorm.compat import peft
+from flashnorm.errors import InputError
+from flashnorm.format import ADAPTER_MARK, FOLDED_BASE
+from flashnorm.trace.build import on_meta
+
+# Arguments of `load_adapter` that say where the adapter's files are.
+_WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+_TRIED = "tried"
+
+
+def adapter_refusal(adapter: Mapping[str, Any], model: str) -> str | None:
+    """Why an adapter cannot be used with a folded model, or None if it can.
+
+    An adapter can be used if it was trained on this folded model, or if its config says that it was folded itself.
+
+    Args:
+        adapter: the adapter's `adapter_config.json`.
+        model: the checkpoint's folder or hub id, or the name of a model that was folded in memory.
+    """
+    base = adapter.get("base_model_name_or_path")
+    if adapter.get(ADAPTER_MARK):
+        return None
+    if isinstance(base, str) and (base.endswith(FOLDED_BASE) or _same_place(base, model)):
+        return None
+    return (
+        f"expected an adapter for {model}, found one for {base!r}; one that was trained on the model before its "
+        "conversion gives wrong results here, as its inputs lack the norms' gains: convert it with `flashnorm adapter "
+        f"ADAPTER {base or 'SOURCE'} OUT_ADAPTER`, or train the adapter on this model. If it was, set "
+        f'"base_model_name_or_path" to "{model}" in its adapter_config.json, or end it with "{FOLDED_BASE}"'
+    )
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters of another model that read a folded norm. Almost free when there is no new adapter.
+
+    Args:
+        model: any model; nothing is checked unless `flashnorm.load` or `flashnorm.fold_` folded it.
+
+    Raises:
+        InputError: the model has such an adapter.
+    """
+    if (guard := getattr(vars(model).get("train"), "__self__", None)) is not None:
+        guard.check()
+
+
+def guard_adapters(model: nn.Module, norms: Collection[str], linears: Collection[str]) -> None:
+    """Make a folded model refuse adapters that were trained before it was folded.
+
+    Args:
+        model: the folded model, in memory.
+        norms: names of the norms' parameters that were folded.
+        linears: names of the linear layers' weights that took the gains.
+    """
+    owners = [name.rpartition(".")[0] for name in norms]
+    guard = _Guard(model, {*owners, *(name.rpartition(".")[0] for name in linears)})
+    vars(model)["train"] = guard.train
+    if hasattr(model, "load_adapter"):
+        vars(model)["load_adapter"] = guard.load_adapter
+    stacks: set[str] = set()
+    for name in owners:
+        norm: Any = model.get_submodule(name)
+        if hasattr(norm, "guard"):
+            norm.guard = guard.check
+        elif (stack := re.split(r"\.\d+\.", name)[0]) not in stacks:
+            # A model with such norms is never fused, so the first norm of a stack of layers runs in every forward.
+            stacks.add(stack)
+            norm.register_forward_pre_hook(guard)
+
+
+class _Guard:
+    """Checks the adapters of a model; replaces the model's `train` and `load_adapter`."""
+
+    def __init__(self, model: nn.Module, folded: set[str]):
+        self._model: Any = model
+        self._folded = folded
+        self._inner = getattr(model, "base_model_prefix", "")
+        self._accepted: dict[str, Any] = {}
+        self._vouched = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Guard":
+        """A copy of the model has a guard of its own; PEFT's copy of a norm (`modules_to_save`) keeps this one."""
+        if id(self._model) not in memo:
+            return self
+        copied = memo[id(self)] = copy.copy(self)
+        copied._model, copied._accepted = memo[id(self._model)], {}
+        return copied
+
+    def __call__(self, *args: Any) -> None:
+        """The check, as a hook that runs before a norm's forward."""
+        if not torch.compiler.is_compiling():
+            self.check()
+
+    def train(self, mode: bool = True) -> Any:
+        """`nn.Module.train` after a check. `eval` calls it as well, and PEFT calls `eval` when it loads an adapter."""
+        self.check()
+        return type(self._model).train(self._model, mode)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' `load_adapter`. Raises `InputError` before a wrong adapter is put into the model."""
+        load = type(self._model).load_adapter
+        given = inspect.signature(load).bind_partial(self._model, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        config, self._vouched = given.get("peft_config"), False
+        if config is None and given.get("peft_model_id") is not None:
+            config, self._vouched = _read_config(given)
+        try:
+            if config is not None:
+                self._try(config)
+            return load(self._model, *args, **kwargs)
+        finally:
+            self._vouched = False
+
+    def _try(self, config: Any) -> None:
+        """Refuse an adapter before it is in the model: a copy without values shows which modules it would change."""
+        from peft import inject_adapter_in_model
+
+        if self._vouched or not (refusal := self._refusal(config)):
+            return
+        memo: dict[int, Any] = {id(t): on_meta(t) for t in (*self._model.parameters(), *self._model.buffers())}
+        blank = copy.deepcopy(self._model, memo)
+        inject_adapter_in_model(copy.deepcopy(config), blank, _TRIED)
+        if self._reads_folded(blank, _TRIED, config):
+            raise InputError(f"adapter: {refusal}")
+
+    def check(self) -> None:
+        """Raise `InputError` if the model has an adapter that would give wrong results."""
+        for name, config in self._configs().items():
+            if self._accepted.get(name) is not config:
+                refusal = None if self._vouched else self._refusal(config)
+                if refusal and self._reads_folded(self._model, name, config):
+                    raise InputError(f"adapter {name!r}: {refusal}")
+                self._accepted[name] = config
+
+    def _configs(self) -> Mapping[str, Any]:
+        """PEFT's configs of the adapters in the model or, if it has none, in its base model (without the head)."""
+        own = self._model.__dict__
+        if (found := own.get("peft_config")) is None:
+            inner = own["_modules"].get(self._inner)
+            found = None if inner is None else inner.__dict__.get("peft_config")
+        return found or {}
+
+    def _refusal(self, config: Any) -> str | None:
+        base = config.base_model_name_or_path
+        if base is None and not config.inference_mode:  # a new adapter, made here to be trained
+            return None
+        name = getattr(self._model, "name_or_path", "") or type(self._model).__name__
+        return adapter_refusal({"base_model_name_or_path": base}, name)
+
+    def _reads_folded(self, model: Any, name: str, config: Any) -> bool:
+        """Whether an adapter changes a folded norm or a linear layer that took a gain (scaling its outputs is fine)."""
+        if getattr(config, "bias", "none") == "all":  # some biases may have taken a norm's bias
+            return True
+        return any(
+            peft.holds(wrapper, name) and getattr(wrapper, "is_feedforward", True)  # False: IA3 on outputs
+            for path in self._folded
+            for wrapper in peft.wrappers(model, path)
+        )
+
+
+def _read_config(given: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The config of the adapter that `load_adapter` was given (or None), and whether it has the key "flashnorm".
+
+    The key is read from the JSON file, because PEFT's config object drops it.
+    """
+    from peft import PeftConfig
+
+    where = {name: given[name] for name in _WHERE if given.get(name) is not None}
+    found = peft.config_file(str(given["peft_model_id"]), **(where | (given.get("adapter_kwargs") or {})))
+    if found is None:
+        return None, False
+    said = json.loads(Path(found).read_bytes())
+    return PeftConfig.from_pretrained(os.path.dirname(found)), bool(said.get(ADAPTER_MARK))

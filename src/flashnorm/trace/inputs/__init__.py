@@ -1,0 +1,7 @@
+"""What a model is traced with: calls of its methods, and numbers where its code computes with numbers."""
+
+from flashnorm.trace.inputs.calls import ExampleCall, example_calls
+from flashnorm.trace.inputs.layouts import Arguments
+from flashnorm.trace.inputs.numbers import MixedDevices
+
+__all__ = ["Arguments", "ExampleCall", "MixedDevices", "example_calls"]
