@@ -28,8 +28,27 @@ CONFIG_VERSION = 1
 ADAPTER_MARK = "flashnorm"
 ADAPTER_PLAN = "flashnorm_plan"
 
-# The end of the name of a folded model that has no folder or hub id to name. No path and no hub id ends like this.
+# The end of the name of a folded model that has no folder or hub id to name. No path and no hub id ends like this. The
+# beginning of the hash of its folds may follow.
 FOLDED_BASE = "#flashnorm"
+_FOLDED_BASE = re.compile(rf"{FOLDED_BASE}(?:-([0-9a-f]{{12}}))?$")
+
+
+def folded_base(model: str, folds_hash: str) -> str:
+    """The name, for adapters, of a model that was folded in memory, or by a conversion whose folder is not known."""
+    return f"{model}{FOLDED_BASE}-{folds_hash[:12]}"
+
+
+def is_folded_base(base: str) -> bool:
+    """Whether a name ends as those of `folded_base` do, with a hash or without."""
+    return _FOLDED_BASE.search(base) is not None
+
+
+def other_folds(adapter: Mapping[str, Any], folds_hash: str) -> bool:
+    """Whether an adapter's config says that it belongs to a folded model with other folds than those of this hash."""
+    said = _FOLDED_BASE.search(str(adapter.get("base_model_name_or_path")))
+    hashes = [adapter.get(ADAPTER_PLAN), said and said[1]]
+    return any(found is not None and not folds_hash.startswith(str(found)) for found in hashes)
 
 
 def config_keys(norms: Iterable[str]) -> dict[str, Any]:

@@ -236,6 +236,7 @@ def changed(folder: Path, target: Path, config: dict[str, Any] | None = None, te
         ({"use_qalora": True}, "groups of input channels"),
         ({"flashnorm": True}, "converted already"),
         ({"base_model_name_or_path": "x#flashnorm"}, "one of a folded model"),
+        ({"base_model_name_or_path": "x#flashnorm-0123456789ab"}, "one of a folded model"),
     ],
 )
 def test_configs_that_are_refused(places: Any, lora: Path, tmp_path: Path, config: dict[str, Any], words: str) -> None:
@@ -292,7 +293,7 @@ def test_the_files(places: Any, lora: Path, tmp_path: Path) -> None:
     again = load_file(tmp_path / "converted" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
     new = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
-    assert new == old | mark | {"base_model_name_or_path": f"{original}#flashnorm"}
+    assert new == old | mark | {"base_model_name_or_path": f"{original}#flashnorm-{folds_hash[:12]}"}
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(InputError, match="converted already"):
         flashnorm.convert_adapter(tmp_path / "converted", original, tmp_path / "twice")

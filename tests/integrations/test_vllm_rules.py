@@ -113,6 +113,14 @@ def test_adapters(tmp_path: Path) -> None:
     assert adapter_refusal({"base_model_name_or_path": "a/b", "flashnorm": True}, model) is None
     assert "'a/b'" in str(adapter_refusal({"base_model_name_or_path": "a/b"}, model))
     assert adapter_refusal({}, model) is not None
+    ours, another = "1" * 64, "2" * 64
+    for named in (
+        {"base_model_name_or_path": "a/b", "flashnorm": True, "flashnorm_plan": ours},
+        {"base_model_name_or_path": "a/b#flashnorm-" + ours[:12]},
+    ):
+        assert adapter_refusal(named, model, ours) is None
+        assert adapter_refusal(named, model, None) is None
+        assert "other folds" in str(adapter_refusal(named, model, another))
 
 
 def test_folded_norms_are_left_out_of_the_weights() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import flashnorm
 import tiny
 from flashnorm.errors import InputError
+from flashnorm.files.reader import Checkpoint
 from flashnorm.format import FOLDED_BASE
 from flashnorm.models.adapters import check_adapters
+from flashnorm.models.load import Loading
+from flashnorm.planning.planned import plan_checkpoint
 
 peft = pytest.importorskip("peft")
 
@@ -137,11 +141,48 @@ def test_an_adapter_of_the_folded_model_is_right(tmp_path: Path, fold: Fold, nam
 def test_an_adapter_of_a_model_folded_in_memory_names_no_source(places: Path, tmp_path: Path):
     """So nobody takes it for one of the source's; it fits the converted checkpoint."""
     folded = flashnorm.fold_(source(places))
-    assert folded.name_or_path == str(places / "llama") + FOLDED_BASE
+    assert re.fullmatch(re.escape(str(places / "llama") + FOLDED_BASE) + "-[0-9a-f]{12}", folded.name_or_path)
     adapter, expected = trained(folded, CONFIGS["q and v"](), tmp_path)
     with pytest.raises(OSError, match=FOLDED_BASE):
         peft.AutoPeftModelForCausalLM.from_pretrained(adapter)
     assert close(logits(peft.PeftModel.from_pretrained(flashnorm.load(places / "llama-folded"), adapter)), expected)
+
+
+def keep_first(places: Path) -> PreTrainedModel:
+    return flashnorm.fold_(source(places), keep=["model.layers.0.input_layernorm*"])
+
+
+@pytest.mark.parametrize("converted", ["by the command", "by the command, for a folder", "in memory"])
+def test_an_adapter_for_other_folds_is_refused(places: Path, tmp_path: Path, converted: str):
+    """One that was made for a version of the model in which another set of norms is folded."""
+    adapter, _ = trained(source(places), CONFIGS["q and v"](), tmp_path / "source")
+    all_folded = places / "llama-folded"
+    if converted == "in memory":
+        trained(flashnorm.fold_(source(places)), CONFIGS["q and v"](), tmp_path / "out")
+    else:
+        folder = {"folded": all_folded} if "folder" in converted else {}
+        flashnorm.convert_adapter(adapter, places / "llama", tmp_path / "out", **folder)
+    with pytest.raises(InputError, match="found one for other folds"):
+        keep_first(places).load_adapter(str(tmp_path / "out"))
+    if "folder" not in converted:  # its base's name alone tells PEFT's own way
+        with pytest.raises(InputError, match="found one for other folds"):
+            peft.PeftModel.from_pretrained(keep_first(places), tmp_path / "out")
+    flashnorm.load(all_folded).load_adapter(str(tmp_path / "out"))
+    peft.PeftModel.from_pretrained(flashnorm.load(all_folded), tmp_path / "out")
+    flashnorm.fold_(source(places)).load_adapter(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "phi3", "mixtral"])
+def test_folds_have_the_same_hash_however_they_are_read(tmp_path: Path, kind: str):
+    """From the source, as `convert_adapter` does, from the folded model, and in memory. GPT-2's norms have biases."""
+    small = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 128} if kind == "gpt2" else {}
+    model = tiny.model(tiny.config(kind, **small))
+    tiny.save(tmp_path / "source", model)
+    plan = flashnorm.convert(tmp_path / "source", tmp_path / "out").plan
+    ending = f"{FOLDED_BASE}-{plan.folds_hash()[:12]}"
+    assert flashnorm.fold_(model).name_or_path.endswith(ending)
+    planned = plan_checkpoint(Checkpoint.open(tmp_path / "out"))
+    assert Loading.of(planned).plan.folds_hash() == plan.folds_hash()
 
 
 def test_a_second_adapter_is_looked_at_as_well(places: Path, tmp_path: Path, fold: Fold):

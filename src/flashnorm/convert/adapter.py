@@ -31,10 +31,11 @@ from flashnorm.format import (
     ADAPTER_MARK,
     ADAPTER_PLAN,
     CARD_FILE,
-    FOLDED_BASE,
     MANIFEST_FILE,
     FileRecord,
     Manifest,
+    folded_base,
+    is_folded_base,
     is_marked,
     options,
     to_json,
@@ -135,7 +136,7 @@ def convert_adapter(
         plan = plan_adapter(original, planned)
         if folded is None:
             _check_decided(planned, plan, str(model))
-        base = str(folded) if folded is not None else f"{model}{FOLDED_BASE}"
+        base = str(folded) if folded is not None else folded_base(str(model), planned.plan.folds_hash())
         job = _Job(original, planned, plan, base, dtype)
         source_id, commit = hub_identity(original.folder)
         key = {"adapter": str(original.folder), "started": time.time_ns()}
@@ -173,7 +174,7 @@ def check_unconverted(adapter: Checkpoint) -> None:
 def _is_folded(base: str) -> bool:
     """Whether the name of an adapter's base tells that it is a folded model."""
     config = Path(base) / CONFIG_FILE
-    return base.endswith(FOLDED_BASE) or (config.is_file() and is_marked(read_json(config)))
+    return is_folded_base(base) or (config.is_file() and is_marked(read_json(config)))
 
 
 def _folded_config(folded: str | Path) -> tuple[dict[str, Any], Path]:

@@ -20,7 +20,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from torch import nn
 
 from flashnorm.compat import peft
 from flashnorm.errors import InputError
-from flashnorm.format import ADAPTER_MARK, FOLDED_BASE
+from flashnorm.format import ADAPTER_MARK, FOLDED_BASE, is_folded_base, other_folds
+from flashnorm.plan import FoldPlan
 from flashnorm.trace.build import on_meta
 
 # Arguments of `load_adapter` that say where the adapter's files are.
@@ -37,19 +38,26 @@ _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _TRIED = "tried"
 
 
-def adapter_refusal(adapter: Mapping[str, Any], model: str) -> str | None:
+def adapter_refusal(adapter: Mapping[str, Any], model: str, folds_hash: str | None = None) -> str | None:
     """Why an adapter cannot be used with a folded model, or None if it can.
 
-    An adapter can be used if it was trained on this folded model, or if its config says that it was folded itself.
+    An adapter can be used if it was trained on this folded model, or if its config says that it was folded itself, for
+    the same folds.
 
     Args:
         adapter: the adapter's `adapter_config.json`.
         model: the checkpoint's folder or hub id, or the name of a model that was folded in memory.
+        folds_hash: `FoldPlan.folds_hash` of the model; None if it is not known.
     """
     base = adapter.get("base_model_name_or_path")
+    if folds_hash is not None and other_folds(adapter, folds_hash):
+        return (
+            f"expected an adapter for the folds of {model}, found one for other folds ({base!r}), as other options of "
+            f"the conversion make them, or another model; convert it again with `--folded {model}`"
+        )
     if adapter.get(ADAPTER_MARK):
         return None
-    if isinstance(base, str) and (base.endswith(FOLDED_BASE) or _same_place(base, model)):
+    if isinstance(base, str) and (is_folded_base(base) or _same_place(base, model)):
         return None
     return (
         f"expected an adapter for {model}, found one for {base!r}; one that was trained on the model before its "
@@ -76,16 +84,17 @@ def check_adapters(model: nn.Module) -> None:
         guard.check()
 
 
-def guard_adapters(model: nn.Module, norms: Collection[str], linears: Collection[str]) -> None:
-    """Make a folded model refuse adapters that were trained before it was folded.
+def guard_adapters(model: nn.Module, plan: FoldPlan, norms: Iterable[str]) -> None:
+    """Make a folded model refuse adapters that were trained before it was folded, or belong to other folds.
 
     Args:
         model: the folded model, in memory.
-        norms: names of the norms' parameters that were folded.
-        linears: names of the linear layers' weights that took the gains.
+        plan: what was folded.
+        norms: the folded norms' parameters, under all their names.
     """
     owners = [name.rpartition(".")[0] for name in norms]
-    guard = _Guard(model, {*owners, *(name.rpartition(".")[0] for name in linears)})
+    linears = {linear.name.rpartition(".")[0] for fold in plan.folds for linear in fold.linears}
+    guard = _Guard(model, {*owners, *linears}, plan.folds_hash())
     vars(model)["train"] = guard.train
     if hasattr(model, "load_adapter"):
         vars(model)["load_adapter"] = guard.load_adapter
@@ -103,12 +112,12 @@ def guard_adapters(model: nn.Module, norms: Collection[str], linears: Collection
 class _Guard:
     """Checks the adapters of a model; replaces the model's `train` and `load_adapter`."""
 
-    def __init__(self, model: nn.Module, folded: set[str]):
+    def __init__(self, model: nn.Module, folded: set[str], folds_hash: str):
         self._model: Any = model
-        self._folded = folded
+        self._folded, self._hash = folded, folds_hash
         self._inner = getattr(model, "base_model_prefix", "")
         self._accepted: dict[str, Any] = {}
-        self._vouched = False
+        self._said: Mapping[str, Any] | None = None  # the config's file of the adapter that is being loaded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Guard":
         """A copy of the model has a guard of its own; PEFT's copy of a norm (`modules_to_save`) keeps this one."""
@@ -133,21 +142,21 @@ class _Guard:
         load = type(self._model).load_adapter
         given = inspect.signature(load).bind_partial(self._model, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        config, self._vouched = given.get("peft_config"), False
+        config = given.get("peft_config")
         if config is None and given.get("peft_model_id") is not None:
-            config, self._vouched = _read_config(given)
+            config, self._said = _read_config(given)
         try:
             if config is not None:
                 self._try(config)
             return load(self._model, *args, **kwargs)
         finally:
-            self._vouched = False
+            self._said = None
 
     def _try(self, config: Any) -> None:
         """Refuse an adapter before it is in the model: a copy without values shows which modules it would change."""
         from peft import inject_adapter_in_model
 
-        if self._vouched or not (refusal := self._refusal(config)):
+        if not (refusal := self._refusal(config)):
             return
         memo: dict[int, Any] = {id(t): on_meta(t) for t in (*self._model.parameters(), *self._model.buffers())}
         blank = copy.deepcopy(self._model, memo)
@@ -159,7 +168,7 @@ class _Guard:
         """Raise `InputError` if the model has an adapter that would give wrong results."""
         for name, config in self._configs().items():
             if self._accepted.get(name) is not config:
-                refusal = None if self._vouched else self._refusal(config)
+                refusal = self._refusal(config)
                 if refusal and self._reads_folded(self._model, name, config):
                     raise InputError(f"adapter {name!r}: {refusal}")
                 self._accepted[name] = config
@@ -177,7 +186,7 @@ class _Guard:
         if base is None and not config.inference_mode:  # a new adapter, made here to be trained
             return None
         name = getattr(self._model, "name_or_path", "") or type(self._model).__name__
-        return adapter_refusal({"base_model_name_or_path": base}, name)
+        return adapter_refusal(self._said or {"base_model_name_or_path": base}, name, self._hash)
 
     def _reads_folded(self, model: Any, name: str, config: Any) -> bool:
         """Whether an adapter changes a folded norm or a linear layer that took a gain (scaling its outputs is fine)."""
@@ -190,16 +199,15 @@ class _Guard:
         )
 
 
-def _read_config(given: Mapping[str, Any]) -> tuple[Any, bool]:
-    """The config of the adapter that `load_adapter` was given (or None), and whether it has the key "flashnorm".
+def _read_config(given: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any] | None]:
+    """The config of the adapter that `load_adapter` was given, and its file's content; (None, None) if there is none.
 
-    The key is read from the JSON file, because PEFT's config object drops it.
+    The file has keys of ours, which PEFT's config object drops.
     """
     from peft import PeftConfig
 
     where = {name: given[name] for name in _WHERE if given.get(name) is not None}
     found = peft.config_file(str(given["peft_model_id"]), **(where | (given.get("adapter_kwargs") or {})))
     if found is None:
-        return None, False
-    said = json.loads(Path(found).read_bytes())
-    return PeftConfig.from_pretrained(os.path.dirname(found)), bool(said.get(ADAPTER_MARK))
+        return None, None
+    return PeftConfig.from_pretrained(os.path.dirname(found)), json.loads(Path(found).read_bytes())

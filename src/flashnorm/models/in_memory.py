@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flashnorm.arithmetic import PRECISION, Gain, add_products, axis_shift, divide_bias, fold_weight, gain_of
 from flashnorm.errors import InputError
-from flashnorm.format import FOLDED_BASE, config_keys
+from flashnorm.format import config_keys, folded_base
 from flashnorm.models.adapters import guard_adapters
 from flashnorm.models.weightless import make_weightless, under_all_names
 from flashnorm.planning.keep import keep_asked
@@ -58,9 +58,9 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, ke
             model.get_parameter(name).copy_(value)
     if isinstance(model, PreTrainedModel):
         mark_config(model.config, tensor_plan(plan, StoredNames(model, ())).norms)
-        model.name_or_path = (model.name_or_path or "") + FOLDED_BASE
+        model.name_or_path = folded_base(model.name_or_path or "", plan.folds_hash())
     make_weightless(model, norms, tracer.records.read_outside)
-    guard_adapters(model, list(norms), list(tensors.folds))
+    guard_adapters(model, plan, norms)
     return model
 
 

@@ -23,7 +23,7 @@ from flashnorm.hub import local_folder
 from flashnorm.models.adapters import guard_adapters
 from flashnorm.models.in_memory import mark_config
 from flashnorm.models.weightless import make_weightless, under_all_names
-from flashnorm.plan import Kept
+from flashnorm.plan import FoldPlan, Kept
 from flashnorm.planning.checks import check_shapes
 from flashnorm.planning.folded import weightless_norms
 from flashnorm.planning.names import tensor_plan
@@ -113,15 +113,18 @@ class Loading:
         parameters = under_all_names(planned.model, parameters)
         return Loading(planned, tuple(norms), parameters, planned.read_outside & parameters.keys())
 
+    @property
+    def plan(self) -> FoldPlan:
+        """The folds that the checkpoint was converted with."""
+        return self.planned.keep_all_but(self.tensors, Kept("it has its weight")).plan
+
     def load(self, **options: Any) -> PreTrainedModel:
         """The model in evaluation mode, running its own code; `options` are further ones of `from_pretrained`."""
-        planned = self.planned
-        kept = [fold.norm for fold in planned.plan.folds if fold.norm not in self.parameters]
-        plan = planned.plan.keep(dict.fromkeys(kept, Kept("it has its weight")))
+        planned, plan = self.planned, self.plan
         base, folder = type(planned.model), planned.checkpoint.folder
         model = _load(folder, base, self.parameters, self.tensors, self.readable, **self.options, **options)
         mark_config(model.config, tensor_plan(plan, planned.stored.in_new_files()).norms)
-        guard_adapters(model, list(self.parameters), [linear.name for fold in plan.folds for linear in fold.linears])
+        guard_adapters(model, plan, self.parameters)
         return model
 
 

@@ -51,9 +51,7 @@ def plan_as_folded(
             f"{where}: expected a conversion of {checkpoint.folder}, found folded norms that this model does not fold: "
             f"{', '.join(unknown[:3])}; name the source that it was made from"
         )
-    parameters = {planned.tensors.parameters.get(name, name) for name in listed}
-    kept = [fold.norm for fold in planned.plan.folds if fold.norm not in parameters]
-    return planned.keep(dict.fromkeys(kept, Kept("the FlashNorm version keeps it", kind=Kind.ASKED)))
+    return planned.keep_all_but(listed, Kept("the FlashNorm version keeps it", kind=Kind.ASKED))
 
 
 def undecided(planned: PlannedCheckpoint) -> dict[str, str]:

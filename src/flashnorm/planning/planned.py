@@ -1,7 +1,7 @@
 """Plans a model; plans a checkpoint as well, in the names of its tensors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,11 @@ class PlannedCheckpoint:
         leaving = {name for fold in self.plan.folds if fold.norm in reasons for name in fold.leaving}
         tensors = self.tensors.without(self.tensors.tensors_of(leaving))
         return replace(self, plan=self.plan.keep(reasons), tensors=tensors)
+
+    def keep_all_but(self, norms: Collection[str], reason: Kept) -> "PlannedCheckpoint":
+        """The same checkpoint, its plan changed to fold only these norm tensors."""
+        parameters = {self.tensors.parameters.get(name, name) for name in norms}
+        return self.keep({fold.norm: reason for fold in self.plan.folds if fold.norm not in parameters})
 
 
 def plan_checkpoint(

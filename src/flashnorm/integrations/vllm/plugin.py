@@ -21,6 +21,7 @@ from flashnorm.integrations.vllm.files import check_complete, folded_norms, open
 from flashnorm.integrations.vllm.norms import make_weightless
 from flashnorm.integrations.vllm.rules import differs, refusal, unsupported, without_folded
 from flashnorm.models.adapters import adapter_refusal
+from flashnorm.plan import Kept
 from flashnorm.planning.checks import quantizations
 from flashnorm.planning.planned import PlannedCheckpoint
 
@@ -34,11 +35,13 @@ class _Built:
     Attributes:
         vllm_config, model_config: the configs that it was built from.
         norms: checkpoint tensor -> its identity value, for the weights that the model has no parameter for any more.
+        folds_hash: the hash of the model's folds, which adapters may name; None without adapters, or if it is unknown.
     """
 
     vllm_config: Any
     model_config: Any
     norms: dict[str, float] = field(default_factory=dict)
+    folds_hash: str | None = None
 
 
 _BUILT: "weakref.WeakKeyDictionary[nn.Module, _Built]" = weakref.WeakKeyDictionary()
@@ -210,8 +213,24 @@ def _fold(
     if built.vllm_config.lora_config is not None:
         if (why := _differs(vllm.LOAD_ADAPTER.lacks())) is not None:
             raise InputError(f"{built.model_config.model}: a FlashNorm checkpoint: {why}")
+        built.folds_hash = _folds_hash(norms, built, checkpoint, plan)
         _wrap(vllm.LOAD_ADAPTER, _with_adapter_check)
     _log.info("FlashNorm: %d norms of %s have no weight", len(built.norms), built.model_config.model)
+
+
+def _folds_hash(
+    norms: list[str], built: _Built, checkpoint: Checkpoint | None, plan: PlannedCheckpoint | None
+) -> str | None:
+    if checkpoint is None:
+        return None
+    try:
+        plan = plan or planned(checkpoint, built.model_config.trust_remote_code)
+    except InputError as error:
+        _log.warning(
+            "FlashNorm: whether adapters belong to the folds of %s is not checked (%s)", built.model_config.model, error
+        )
+        return None
+    return plan.keep_all_but(norms, Kept("it has its weight")).plan.folds_hash()
 
 
 def _with_adapter_check(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,7 +244,8 @@ def _with_adapter_check(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise _not_understood(built.model_config.model, original.__name__, unknown)
             path = vllm.adapter_folder(given["lora_request"]) / "adapter_config.json"
             if path.is_file():
-                why = adapter_refusal(json.loads(path.read_text(encoding="utf-8")), built.model_config.model)
+                said = json.loads(path.read_text(encoding="utf-8"))
+                why = adapter_refusal(said, built.model_config.model, built.folds_hash)
                 if why is not None:
                     raise InputError(f"{path}: {why}")
         return original(*args, **kwargs)
