@@ -19,6 +19,7 @@ from flashnorm.convert import convert
 from flashnorm.cpu import ops
 from flashnorm.cpu.fused import FusedDecoder
 from flashnorm.cpu.kernels import native
+from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.models.load import Loading
 from flashnorm.plan import FoldPlan
@@ -195,6 +196,17 @@ def test_streamed_from_disk_no_number_changes(
     monkeypatch.setattr(outputs, "available_memory", lambda: fits)
     streamed = verify_outputs(folder, tmp_path / "out")
     assert streamed == replace(whole, streamed=True)
+
+
+def test_what_cannot_be_streamed_is_said(source: Callable[..., Path]) -> None:
+    """As in Transformers 5.10, where the values of a weight on disk are asked for."""
+    load = source_loader(source("llama", torch.float32), False)
+
+    def load_and_ask(dtype: torch.dtype, **options: Any) -> Any:
+        return next(load(dtype, **options).parameters()).sum().item()
+
+    with pytest.raises(InputError, match=r"found that it cannot .* meta tensors"):
+        Runner(streamed=True).outputs(load_and_ask, torch.float32, torch.arange(3))
 
 
 def test_streamed_experts_differ_by_the_arithmetic_alone(source: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from typing import Any, Protocol, cast
 
 import psutil
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from flashnorm.compat.transformers import use_experts_for_float64
-from flashnorm.errors import InputError
+from flashnorm.errors import InputError, brief
 from flashnorm.models.load import Loading, load_all
 from flashnorm.verify.float64 import float64_everywhere
 
@@ -115,7 +116,7 @@ class Runner:
                 use_experts_for_float64(model)
                 yield model
                 return
-            with tempfile.TemporaryDirectory(prefix="flashnorm-") as folder, _disk_errors(folder):
+            with tempfile.TemporaryDirectory(prefix="flashnorm-") as folder, _streaming_errors(folder):
                 model = load_model(dtype, device_map={"": "disk"}, offload_folder=folder)
                 use_experts_for_float64(model)
                 yield model
@@ -184,9 +185,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: str) -> Iterator[None]:
+def _streaming_errors(folder: str) -> Iterator[None]:
     try:
         yield
+    except RuntimeError as error:  # up to 5.10, Transformers asks some weights on disk for their values
+        raise InputError(
+            f"expected transformers {transformers.__version__} to run a model whose weights stay on disk, found that "
+            f"it cannot ({brief(error)}); take a newer transformers, a machine with more memory, or --weights-only"
+        ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
