@@ -63,19 +63,19 @@ class Fold:
         return 1.0 - self.offset
 
     @property
-    def bias_leaves(self) -> bool:
+    def bias_removed(self) -> bool:
         """Whether the norm's bias is removed as well."""
         return self.bias is not None and all(linear.bias is not None for linear in self.linears)
 
     @property
-    def bias_stays(self) -> bool:
+    def bias_kept(self) -> bool:
         """Whether the norm has a bias that is kept, divided by the gain."""
-        return self.bias is not None and not self.bias_leaves
+        return self.bias is not None and not self.bias_removed
 
     @property
-    def leaving(self) -> dict[str, float]:
+    def removed(self) -> dict[str, float]:
         """The norm's parameters that are removed -> the value at which each has no effect."""
-        return {self.norm: self.identity} | ({self.bias: 0.0} if self.bias_leaves and self.bias else {})
+        return {self.norm: self.identity} | ({self.bias: 0.0} if self.bias_removed and self.bias else {})
 
 
 class Kind(str, Enum):
@@ -214,7 +214,7 @@ class FoldPlan:
         for fold in self.folds:
             into = ", ".join(_merge_numbers(f"{linear.name} (axis {linear.axis})" for linear in fold.linears))
             gain = "1 + w" if fold.offset else "w"
-            beta = ", its bias into theirs" if fold.bias_leaves else ", its bias stays: beta / gain" * fold.bias_stays
+            beta = ", its bias into theirs" if fold.bias_removed else ", its bias is kept: beta / gain" * fold.bias_kept
             groups.setdefault((_pattern(fold.norm), gain, "folds into " + _pattern(into) + beta), []).append(fold.norm)
         for name, kept in self.kept.items():
             at = [part for part in (kept.operator, kept.where and f"at {kept.where}") if part]

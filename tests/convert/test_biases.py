@@ -83,7 +83,7 @@ def folded(model: nn.Module, inputs: Tensor | None = None) -> FoldPlan:
 def test_the_bias_goes_into_the_biases_of_all_linears(norm: Any) -> None:
     model = randomised(Block(norm()))
     (fold,) = folded(model).folds
-    assert (fold.bias, fold.bias_leaves) == ("norm.bias", True)
+    assert (fold.bias, fold.bias_removed) == ("norm.bias", True)
     assert [linear.bias for linear in fold.linears] == ["linears.0.bias", "linears.1.bias"]
     assert not {"norm.weight", "norm.bias"} & set(model.state_dict())
 
@@ -93,7 +93,7 @@ def test_the_bias_stays_where_a_linear_has_none(norm: Any) -> None:
     model = randomised(Block(norm(), biases=(True, False)))
     before = model.state_dict()["linears.0.bias"].clone()
     (fold,) = folded(model).folds
-    assert (fold.bias, fold.bias_stays) == ("norm.bias", True)
+    assert (fold.bias, fold.bias_kept) == ("norm.bias", True)
     assert [linear.bias for linear in fold.linears] == [None, None]
     assert set(model.state_dict()) & {"norm.weight", "norm.bias"} == {"norm.bias"}
     assert torch.equal(model.state_dict()["linears.0.bias"], before)
@@ -164,7 +164,7 @@ def test_shared_parameters(kind: str, norms: int, leaving: int) -> None:
     model = randomised(Shared(kind))
     plan = flashnorm.plan(model, (x(),))
     assert len(plan.folds) == norms
-    assert sum(fold.bias_leaves for fold in plan.folds) == leaving
+    assert sum(fold.bias_removed for fold in plan.folds) == leaving
     if norms:
         folded(model)
 
@@ -186,7 +186,7 @@ def test_a_norm_module_with_two_names() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flashnorm.plan(model, (x(),))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert folded(model).folds[0].bias_leaves
+    assert folded(model).folds[0].bias_removed
     assert type(model.first) is nn.LayerNorm
     assert not list(model.first.parameters())
 
@@ -204,7 +204,7 @@ class Scaled(nn.Module):
 
 def test_a_scaled_bias_stays() -> None:
     (fold,) = folded(randomised(Scaled())).folds
-    assert fold.bias_stays
+    assert fold.bias_kept
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:

@@ -86,10 +86,10 @@ def test_weights_that_the_code_does_not_read_keep_the_norm_before_the_head(tmp_p
     assert "model.norm.weight" in {fold.norm for fold in plan.folds}
     save_file(load_file(file) | {"mtp.layers.0.eh_proj.weight": torch.ones(8, 16)}, file, {"format": "pt"})
     planned = plan_checkpoint(Checkpoint.open(folder))
-    plan, names = planned.plan, planned.tensors
+    plan, tensors = planned.plan, planned.tensors
     assert "mtp.layers.0.eh_proj.weight" in plan.kept["model.norm.weight"].reason
-    assert "model.norm.weight" not in names.norms
-    assert "lm_head.weight" not in names.folds
+    assert "model.norm.weight" not in tensors.norms
+    assert "lm_head.weight" not in tensors.folds
     assert len(plan.folds) == 4
 
 

@@ -34,13 +34,13 @@ def check_plan(planned: PlannedCheckpoint) -> None:
             are, the source is converted already; if some are, it is damaged), tensors that the plan needs are missing,
             or their shapes or dtypes do not fit.
     """
-    checkpoint, plan, names = planned.checkpoint, planned.plan, planned.tensors
-    if is_marked(checkpoint.config) and not trained_norms(checkpoint, names):
+    checkpoint, plan, tensors = planned.checkpoint, planned.plan, planned.tensors
+    if is_marked(checkpoint.config) and not trained_norms(checkpoint, tensors):
         raise InputError(
             f"{checkpoint.folder / CONFIG_FILE}: expected an ordinary checkpoint, found one that is converted already; "
             "use it as it is, or convert the checkpoint that it was made from"
         )
-    if not plan.folds or not names.norms:
+    if not plan.folds or not tensors.norms:
         if any(kept.kind is Kind.QUANTISED for kept in plan.kept.values()):
             refuse_quantised(
                 checkpoint,
@@ -51,23 +51,23 @@ def check_plan(planned: PlannedCheckpoint) -> None:
             f"{checkpoint.folder}: expected norms that can be folded, found none ({plan.summary()})"
             f"{plan.why_kept()}; there is nothing to convert"
         )
-    _check_norms_present(checkpoint, names)
-    check_shapes(checkpoint, names)
-    check_dtypes(checkpoint, names)
-    for new, source in names.untied.items():
+    _check_norms_present(checkpoint, tensors)
+    check_shapes(checkpoint, tensors)
+    check_dtypes(checkpoint, tensors)
+    for new, source in tensors.untied.items():
         if source not in checkpoint.tensors:
             raise InputError(
                 f"{checkpoint.folder}: expected tensor {source}, of which {new} is to be a copy, found none; "
                 "is the checkpoint complete?"
             )
-    for name in (*names.divided, *names.biases):
+    for name in (*tensors.divided, *tensors.biases):
         if name not in checkpoint.tensors:
             raise InputError(
                 f"{checkpoint.folder}: expected tensor {name}, a bias that the fold changes, found none; is the "
                 "checkpoint complete, and of the model that its config.json names?"
             )
-    for name, fold in names.folds.items():
-        _check_fold(checkpoint, names, name, fold)
+    for name, fold in tensors.folds.items():
+        _check_fold(checkpoint, tensors, name, fold)
 
 
 def check_places(source: Path, target: Path) -> None:
@@ -84,9 +84,9 @@ def _lies_in(inner: Path, outer: Path) -> bool:
     )
 
 
-def _check_norms_present(checkpoint: Checkpoint, names: TensorPlan) -> None:
-    absent = [norm for norm in names.norms if norm not in checkpoint.tensors]
-    if len(absent) == len(names.norms):
+def _check_norms_present(checkpoint: Checkpoint, tensors: TensorPlan) -> None:
+    absent = [norm for norm in tensors.norms if norm not in checkpoint.tensors]
+    if len(absent) == len(tensors.norms):
         raise InputError(
             f"{checkpoint.folder}: expected the weights of {len(absent)} norms, found all of them absent: this "
             "checkpoint is converted already (its config does not say so); use it as it is, or convert the one it was "
@@ -95,13 +95,13 @@ def _check_norms_present(checkpoint: Checkpoint, names: TensorPlan) -> None:
     if absent:
         some = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         raise InputError(
-            f"{checkpoint.folder}: expected the weights of {len(names.norms)} norms, found {len(absent)} absent: "
+            f"{checkpoint.folder}: expected the weights of {len(tensors.norms)} norms, found {len(absent)} absent: "
             f"{some}; the checkpoint is damaged: fetch it again"
         )
 
 
-def _check_fold(checkpoint: Checkpoint, names: TensorPlan, name: str, fold: TensorFold) -> None:
-    source = names.untied.get(name, name)
+def _check_fold(checkpoint: Checkpoint, tensors: TensorPlan, name: str, fold: TensorFold) -> None:
+    source = tensors.untied.get(name, name)
     if source not in checkpoint.tensors:
         raise InputError(
             f"{checkpoint.folder}: expected tensor {source}, into which a norm folds, found none; "

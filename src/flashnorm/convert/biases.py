@@ -12,24 +12,24 @@ from flashnorm.files.reader import Checkpoint
 from flashnorm.planning.tensors import TensorPlan
 
 
-def new_bias(checkpoint: Checkpoint, names: TensorPlan, name: str) -> Tensor:
+def new_bias(checkpoint: Checkpoint, tensors: TensorPlan, name: str) -> Tensor:
     """The value of a bias in the output, in the source's shape and dtype.
 
     Args:
         checkpoint: the source.
-        names: the plan in the names of the source's tensors.
+        tensors: the plan in the names of the source's tensors.
         name: a tensor in `names.biases` (`c + W beta`) or `names.divided` (`beta / g`).
 
     Raises:
         InputError: the source cannot be read.
     """
     bias = checkpoint.read_tensor(name)
-    if name in names.divided:
-        use = names.divided[name]
+    if name in tensors.divided:
+        use = tensors.divided[name]
         gain = gain_of(checkpoint.read_tensor(use.norm).flatten(), use.offset)
         return divide_bias(bias.flatten(), gain).view_as(bias)
-    fold = names.biases[name]
-    source = names.untied.get(fold.weight, fold.weight)
+    fold = tensors.biases[name]
+    source = tensors.untied.get(fold.weight, fold.weight)
     betas = {shift.bias: checkpoint.read_tensor(shift.bias).flatten() for shift in fold.shifts}
     inputs = checkpoint.tensors[source].shape[fold.axis]
     spread = [axis_shift(inputs, betas[shift.bias], shift.segments) for shift in fold.shifts]

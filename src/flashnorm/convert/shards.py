@@ -57,7 +57,7 @@ class Piece:
     again: bool = False
 
 
-def output_tensors(header: Header, names: TensorPlan, *, keep_norms: bool) -> list[tuple[str, TensorInfo]]:
+def output_tensors(header: Header, tensors: TensorPlan, *, keep_norms: bool) -> list[tuple[str, TensorInfo]]:
     """The tensors that the output shard holds, each with the source tensor that it comes from, in order.
 
     An untied tensor follows its source tensor; it replaces a tensor of the same name in the source.
@@ -66,21 +66,21 @@ def output_tensors(header: Header, names: TensorPlan, *, keep_norms: bool) -> li
     for name, info in header.tensors.items():
         if name in header.passed_over:
             continue
-        if not _is_absent(name, names, keep_norms):
+        if not _is_absent(name, tensors, keep_norms):
             outputs.append((name, info))
-        outputs += [(new, info) for new, source in names.untied.items() if source == name]
+        outputs += [(new, info) for new, source in tensors.untied.items() if source == name]
     return outputs
 
 
-def output_header(header: Header, names: TensorPlan, *, keep_norms: bool) -> bytes:
+def output_header(header: Header, tensors: TensorPlan, *, keep_norms: bool) -> bytes:
     """The beginning of the output shard, up to its first tensor."""
-    outputs = output_tensors(header, names, keep_norms=keep_norms)
+    outputs = output_tensors(header, tensors, keep_norms=keep_norms)
     return encode_header(((name, info.dtype, info.shape, info.nbytes) for name, info in outputs), header.metadata)
 
 
 def shard_pieces(
     header: Header,
-    names: TensorPlan,
+    tensors: TensorPlan,
     norms: Mapping[str, Tensor],
     bias: Callable[[str], Tensor],
     overflow: Callable[[str, slice, Tensor], object],
@@ -99,17 +99,17 @@ def shard_pieces(
         if name in header.passed_over:
             yield from _runs(info.start, info.end)
             continue
-        if _is_absent(name, names, keep_norms):
+        if _is_absent(name, tensors, keep_norms):
             yield from _runs(info.start, info.end)
-        elif name in names.norms:
-            yield from _runs(info.start, info.end, _fill(TORCH_DTYPES[info.dtype], names.norms[name]))
-        elif name in names.biases or name in names.divided:
+        elif name in tensors.norms:
+            yield from _runs(info.start, info.end, _fill(TORCH_DTYPES[info.dtype], tensors.norms[name]))
+        elif name in tensors.biases or name in tensors.divided:
             yield from _replaced(info, bias(name))
         else:
-            yield from _tensor_pieces(info, names.folds.get(name), norms, partial(overflow, name))
-        for new, source in names.untied.items():
+            yield from _tensor_pieces(info, tensors.folds.get(name), norms, partial(overflow, name))
+        for new, source in tensors.untied.items():
             if source == name:
-                yield from _tensor_pieces(info, names.folds.get(new), norms, partial(overflow, new), again=True)
+                yield from _tensor_pieces(info, tensors.folds.get(new), norms, partial(overflow, new), again=True)
 
 
 def write_shard(
@@ -251,7 +251,7 @@ def _as_tensor(window: memoryview) -> Tensor:
     return torch.frombuffer(window, dtype=torch.uint8)
 
 
-def _is_absent(name: str, names: TensorPlan, keep_norms: bool) -> bool:
+def _is_absent(name: str, tensors: TensorPlan, keep_norms: bool) -> bool:
     """Whether the output lacks a source tensor (under its own name and with its own values)."""
-    leaves = name in names.norms and name not in names.spelled_out
-    return name in names.untied or (leaves and not keep_norms)
+    leaves = name in tensors.norms and name not in tensors.spelled_out
+    return name in tensors.untied or (leaves and not keep_norms)

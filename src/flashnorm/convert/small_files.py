@@ -14,17 +14,17 @@ from flashnorm.format import config_keys, to_json
 from flashnorm.planning.tensors import TensorPlan
 
 
-def updated_config(checkpoint: Checkpoint, names: TensorPlan) -> bytes:
+def updated_config(checkpoint: Checkpoint, tensors: TensorPlan) -> bytes:
     """config.json with the keys that say what was done, and `tie_word_embeddings` false if the head was untied."""
     with open_file(checkpoint.folder / CONFIG_FILE) as file:
         ascii_only = file.read().isascii()
     config = copy.deepcopy(checkpoint.config)
-    if names.unties:
+    if tensors.unties:
         config["tie_word_embeddings"] = False
         part = config.get("text_config")
         if isinstance(part, dict) and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
-    return to_json(config | config_keys(names.norms), ascii_only=ascii_only)
+    return to_json(config | config_keys(tensors.norms), ascii_only=ascii_only)
 
 
 def updated_index(checkpoint: Checkpoint, outputs: Mapping[str, list[tuple[str, TensorInfo]]]) -> bytes:

@@ -112,7 +112,7 @@ class Decoder:
 def _half(table: Tensor) -> Tensor:
     """A table `[1, positions, 2 half]` whose halves are equal -> `[positions, half]`."""
     if table.shape[-1] % 2 or not torch.equal(*table.chunk(2, -1)):
-        raise UnsupportedError("expected rotary tables of two equal halves, found others")
+        raise UnsupportedError("expected RoPE tables of two equal halves, found others")
     return table[0, :, : table.shape[-1] // 2].float()
 
 

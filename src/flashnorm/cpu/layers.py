@@ -131,7 +131,7 @@ class FusedForward(Substitute):
             return "gradients are wanted"
         tables = self._rotation.halves(kwargs.get("position_embeddings"), len(x), x.shape[1], self._sizes.rotary)
         if tables is None:
-            return "expected rotary tables of two equal halves, found others"
+            return "expected RoPE tables of two equal halves, found others"
         return _Ready(weights, *tables, caches[0] if caches else None)
 
     def _weights(self) -> LayerWeights | str:

@@ -99,17 +99,17 @@ class Loading:
         Raises:
             InputError: `planned` is no FlashNorm checkpoint, or a damaged one.
         """
-        checkpoint, names = planned.checkpoint, planned.tensors
+        checkpoint, tensors = planned.checkpoint, planned.tensors
         # Checked now, because Transformers reserves as much memory as the config asks for.
-        check_shapes(checkpoint, names)
-        norms = weightless_norms(checkpoint, names)
+        check_shapes(checkpoint, tensors)
+        norms = weightless_norms(checkpoint, tensors)
         if norms is None:
             raise InputError(
                 f"{checkpoint.folder}: expected a FlashNorm checkpoint, found an ordinary one, with the weights of all "
                 "its norms; convert it with `flashnorm convert`, or load it with Transformers and call "
                 "flashnorm.fold_(model)"
             )
-        parameters = {names.parameters[tensor]: identity for tensor, identity in norms.items()}
+        parameters = {tensors.parameters[tensor]: identity for tensor, identity in norms.items()}
         parameters = under_all_names(planned.model, parameters)
         return Loading(planned, tuple(norms), parameters, planned.read_outside & parameters.keys())
 

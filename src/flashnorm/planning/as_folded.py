@@ -59,10 +59,10 @@ def undecided(planned: PlannedCheckpoint) -> dict[str, str]:
 
     In wider dtypes no known model comes near the end.
     """
-    checkpoint, names = planned.checkpoint, planned.tensors
+    checkpoint, tensors = planned.checkpoint, planned.tensors
     found: dict[str, str] = {}
-    for tensor, fold in names.folds.items():
-        if TORCH_DTYPES.get(checkpoint.tensors[names.untied.get(tensor, tensor)].dtype) is not TORCH_DTYPES["F16"]:
+    for tensor, fold in tensors.folds.items():
+        if TORCH_DTYPES.get(checkpoint.tensors[tensors.untied.get(tensor, tensor)].dtype) is not TORCH_DTYPES["F16"]:
             continue
         for use in fold.gains:
             gain = gain_of(checkpoint.read_tensor(use.norm).flatten(), use.offset)

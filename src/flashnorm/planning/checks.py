@@ -10,14 +10,14 @@ from flashnorm.files.reader import CONFIG_FILE, Checkpoint
 from flashnorm.planning.tensors import TensorPlan
 
 
-def check_shapes(checkpoint: Checkpoint, names: TensorPlan) -> None:
+def check_shapes(checkpoint: Checkpoint, tensors: TensorPlan) -> None:
     """Refuse tensors that do not fit the model that the config describes.
 
     Raises:
         InputError: a tensor has another shape.
     """
-    for name, expected in names.shapes.items():
-        source = names.untied.get(name, name)
+    for name, expected in tensors.shapes.items():
+        source = tensors.untied.get(name, name)
         info = checkpoint.tensors.get(source)
         if info is not None and info.shape != expected:
             raise InputError(
@@ -26,13 +26,14 @@ def check_shapes(checkpoint: Checkpoint, names: TensorPlan) -> None:
             )
 
 
-def check_dtypes(checkpoint: Checkpoint, names: TensorPlan) -> None:
+def check_dtypes(checkpoint: Checkpoint, tensors: TensorPlan) -> None:
     """Refuse norms, biases and weights of a dtype in which they cannot be folded.
 
     Raises:
         InputError: a tensor has such a dtype.
     """
-    changed = (*names.norms, *names.divided, *names.biases, *(names.untied.get(name, name) for name in names.folds))
+    folds = [tensors.untied.get(name, name) for name in tensors.folds]
+    changed = (*tensors.norms, *tensors.divided, *tensors.biases, *folds)
     for name in changed:
         if name in checkpoint.tensors:
             _check_dtype(checkpoint, name)

@@ -13,7 +13,7 @@ _REMEDY = (
 )
 
 
-def weightless_norms(checkpoint: Checkpoint, names: TensorPlan) -> dict[str, float] | None:
+def weightless_norms(checkpoint: Checkpoint, tensors: TensorPlan) -> dict[str, float] | None:
     """The norm tensors whose gains are folded, with their identity values; None for an ordinary checkpoint.
 
     If the config has our key, it lists these norms. Without the key (with only the `flash_norm` flag of other engines,
@@ -22,7 +22,7 @@ def weightless_norms(checkpoint: Checkpoint, names: TensorPlan) -> dict[str, flo
 
     Args:
         checkpoint: the files.
-        names: the plan of the checkpoint's own config, in the names of its tensors.
+        tensors: the plan of the checkpoint's own config, in the names of its tensors.
 
     Raises:
         InputError: only some of the norms are absent, a norm that the config lists is not at its identity value, or the
@@ -30,32 +30,32 @@ def weightless_norms(checkpoint: Checkpoint, names: TensorPlan) -> dict[str, flo
     """
     listed = listed_norms(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if listed is not None:
-        unknown = [name for name in listed if name not in names.norms]
+        unknown = [name for name in listed if name not in tensors.norms]
         if unknown:
             raise InputError(
                 f"{checkpoint.folder / CONFIG_FILE}: expected {CONFIG_KEY}.weightless to name norms that fold, found "
                 f"{', '.join(unknown[:3])}; do config.json and the weights belong together?"
             )
-        norms = {name: names.norms[name] for name in listed}
+        norms = {name: tensors.norms[name] for name in listed}
         if trained := _trained(checkpoint, norms):
             raise InputError(
                 f"{checkpoint.folder}: expected {trained[0]} at {norms[trained[0]]:g}, because config.json says that "
                 f"it is folded, found other values in {len(trained)} such norms: {_REMEDY}"
             )
         return norms
-    absent = [name for name in names.norms if name not in checkpoint.tensors]
-    present = [name for name in names.norms if name in checkpoint.tensors]
-    if absent and not set(present) <= set(names.spelled_out):
+    absent = [name for name in tensors.norms if name not in checkpoint.tensors]
+    present = [name for name in tensors.norms if name in checkpoint.tensors]
+    if absent and not set(present) <= set(tensors.spelled_out):
         raise InputError(
-            f"{checkpoint.folder}: expected all of {len(names.norms)} norms that can be folded, or none, found "
+            f"{checkpoint.folder}: expected all of {len(tensors.norms)} norms that can be folded, or none, found "
             f"{len(absent)} absent ({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); the checkpoint is "
             "damaged: fetch or convert it again"
         )
-    identical = not _trained(checkpoint, names.norms)
-    return dict(names.norms) if names.norms and identical else None
+    identical = not _trained(checkpoint, tensors.norms)
+    return dict(tensors.norms) if tensors.norms and identical else None
 
 
-def trained_norms(checkpoint: Checkpoint, names: TensorPlan) -> list[str]:
+def trained_norms(checkpoint: Checkpoint, tensors: TensorPlan) -> list[str]:
     """The norm tensors that the config says are folded, but that have other values: the model was trained since.
 
     Plain Transformers gives each absent norm a weight at its identity value, which then can be trained, and is stored.
@@ -69,7 +69,8 @@ def trained_norms(checkpoint: Checkpoint, names: TensorPlan) -> list[str]:
     if not is_marked(checkpoint.config):
         return []
     listed = listed_norms(checkpoint.config, checkpoint.folder / CONFIG_FILE)
-    norms = {name: names.norms[name] for name in (names.norms if listed is None else listed) if name in names.norms}
+    named = tensors.norms if listed is None else listed
+    norms = {name: tensors.norms[name] for name in named if name in tensors.norms}
     return _trained(checkpoint, norms) if norms.keys() <= checkpoint.tensors.keys() else []
 
 

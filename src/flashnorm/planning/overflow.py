@@ -17,9 +17,9 @@ from flashnorm.planning.tensors import GainUse, TensorPlan
 class Overflows:
     """Collects weights that became infinite while tensors were folded: at most one for each channel."""
 
-    def __init__(self, checkpoint: Checkpoint, names: TensorPlan) -> None:
+    def __init__(self, checkpoint: Checkpoint, tensors: TensorPlan) -> None:
         self._checkpoint = checkpoint
-        self._names = names
+        self._names = tensors
         self._weights: dict[str, Tensor] = {}
 
     def add(self, tensor: str, channels: slice, weights: Tensor) -> None:

@@ -104,8 +104,8 @@ class PlannedCheckpoint:
 
     def keep(self, reasons: Mapping[str, Kept]) -> "PlannedCheckpoint":
         """The same checkpoint, its plan changed to keep the named norms (parameters) instead of folding them."""
-        leaving = {name for fold in self.plan.folds if fold.norm in reasons for name in fold.leaving}
-        tensors = self.tensors.without(self.tensors.tensors_of(leaving))
+        removed = {name for fold in self.plan.folds if fold.norm in reasons for name in fold.removed}
+        tensors = self.tensors.without(self.tensors.tensors_of(removed))
         return replace(self, plan=self.plan.keep(reasons), tensors=tensors)
 
     def keep_all_but(self, norms: Collection[str], reason: Kept) -> "PlannedCheckpoint":

@@ -77,5 +77,5 @@ def _takers(fold: Fold, names: StoredNames) -> Iterator[str]:
     """The tensors that change if a norm folds: the linear layers' weights, and their biases that take the norm's."""
     for linear in fold.linears:
         yield from names.views(linear.name)
-        if fold.bias_leaves and linear.bias is not None:
+        if fold.bias_removed and linear.bias is not None:
             yield from names.views(linear.bias)

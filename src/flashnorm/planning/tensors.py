@@ -146,7 +146,7 @@ def by_parameter(plan: FoldPlan) -> TensorPlan:
     shifts: dict[str, list[ShiftUse]] = defaultdict(list)
     divided: dict[str, GainUse] = {}
     for fold in plan.folds:
-        if fold.bias is not None and fold.bias_stays:
+        if fold.bias is not None and fold.bias_kept:
             divided[fold.bias] = GainUse(fold.norm, fold.offset)
         for linear in fold.linears:
             if axes.setdefault(linear.name, linear.axis) != linear.axis:
@@ -154,12 +154,12 @@ def by_parameter(plan: FoldPlan) -> TensorPlan:
                     f"expected all gains of {linear.name} on axis {axes[linear.name]}, found axis {linear.axis} as well"
                 )
             gains[linear.name].append(GainUse(fold.norm, fold.offset, linear.segments))
-            if fold.bias is not None and fold.bias_leaves and linear.bias is not None:
+            if fold.bias is not None and fold.bias_removed and linear.bias is not None:
                 weights[linear.bias] = linear.name
                 shifts[linear.bias].append(ShiftUse(fold.bias, linear.segments))
     return TensorPlan(
         folds={name: TensorFold(axes[name], tuple(uses)) for name, uses in gains.items()},
         biases={name: BiasFold(weights[name], axes[weights[name]], tuple(uses)) for name, uses in shifts.items()},
         divided=divided,
-        norms={name: identity for fold in plan.folds for name, identity in fold.leaving.items()},
+        norms={name: identity for fold in plan.folds for name, identity in fold.removed.items()},
     )

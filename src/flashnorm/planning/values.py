@@ -33,7 +33,7 @@ def keep_indivisible(plan: FoldPlan, value_of: Callable[[str], Tensor | None]) -
     """
     reasons: dict[str, Kept] = {}
     for fold in plan.folds:
-        if fold.bias is None or fold.bias_leaves:
+        if fold.bias is None or fold.bias_removed:
             continue
         weight, bias = value_of(fold.norm), value_of(fold.bias)
         if weight is None or bias is None or not {weight.dtype, bias.dtype} <= PRECISION.keys():

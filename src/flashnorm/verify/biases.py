@@ -23,13 +23,13 @@ _BLOCK = 8 << 20  # bytes of a weight
 
 
 def check_biases(
-    source: Checkpoint, converted: Checkpoint, names: TensorPlan, report: Callable[[Finding], None]
+    source: Checkpoint, converted: Checkpoint, tensors: TensorPlan, report: Callable[[Finding], None]
 ) -> int:
     """Check every bias that the plan changes.
 
     Args:
         source, converted: the checkpoints. Other checks report tensors that are absent or of another dtype or shape.
-        names: the plan, in tensor names.
+        tensors: the plan, in tensor names.
         report: called with one `Finding` for each tensor that differs.
 
     Returns:
@@ -39,20 +39,20 @@ def check_biases(
         InputError: a file cannot be read.
     """
     right = 0
-    for name in (*names.biases, *names.divided):
+    for name in (*tensors.biases, *tensors.divided):
         if name not in converted.tensors or name not in source.tensors:
             continue
         info = converted.tensors[name]
         if (info.dtype, info.shape) != (source.tensors[name].dtype, source.tensors[name].shape):
             continue
-        if odd := _unreadable(source, names, name):
+        if odd := _unreadable(source, tensors, name):
             report(Finding("tensor", name, f"was changed, in a dtype that cannot be checked: {odd}"))
             continue
         stored = np.frombuffer(converted.read_bytes(name), FORMATS[info.dtype].bits)
-        if name in names.biases:
-            expected, problem = _sums(source, names, name, names.biases[name]), "is not the rounded sum c + W beta"
+        if name in tensors.biases:
+            expected, problem = _sums(source, tensors, name, tensors.biases[name]), "is not the rounded sum c + W beta"
         else:
-            expected, problem = _quotients(source, name, names.divided[name]), "is not the rounded quotient beta / g"
+            expected, problem = _quotients(source, name, tensors.divided[name]), "is not the rounded quotient beta / g"
         places = np.flatnonzero((stored != expected) & ~(_is_nan(info.dtype, stored) & _is_nan(info.dtype, expected)))
         if not places.size:
             right += 1
@@ -73,14 +73,14 @@ def check_biases(
     return right
 
 
-def _unreadable(source: Checkpoint, names: TensorPlan, name: str) -> str | None:
+def _unreadable(source: Checkpoint, tensors: TensorPlan, name: str) -> str | None:
     """The first dtype without a `Format` among the tensors that a bias is computed from; None if all have one."""
     made_of = [name]
-    if name in names.biases:
-        fold = names.biases[name]
-        made_of += [names.untied.get(fold.weight, fold.weight), *(shift.bias for shift in fold.shifts)]
+    if name in tensors.biases:
+        fold = tensors.biases[name]
+        made_of += [tensors.untied.get(fold.weight, fold.weight), *(shift.bias for shift in fold.shifts)]
     else:
-        made_of.append(names.divided[name].norm)
+        made_of.append(tensors.divided[name].norm)
     dtypes = [source.tensors[tensor].dtype for tensor in made_of]
     return next((dtype for dtype in dtypes if dtype not in FORMATS), None)
 
@@ -106,13 +106,13 @@ def _quotients(source: Checkpoint, name: str, use: GainUse) -> Array:
     return bits
 
 
-def _sums(source: Checkpoint, names: TensorPlan, name: str, fold: BiasFold) -> Array:
+def _sums(source: Checkpoint, tensors: TensorPlan, name: str, fold: BiasFold) -> Array:
     """Bit patterns of `c + W beta` for the linear layer whose bias is `name`."""
     tag = source.tensors[name].dtype
     form, scratch = FORMATS[tag], Scratch()
     added = _values(source, name)
     expected = np.empty(added.shape, form.bits)
-    weight_name = names.untied.get(fold.weight, fold.weight)
+    weight_name = tensors.untied.get(fold.weight, fold.weight)
     beta = _spread(source, fold, source.tensors[weight_name].shape[fold.axis])
     first = 0
     for weight in _blocks(source, weight_name, fold.axis):

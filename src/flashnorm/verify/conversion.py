@@ -29,13 +29,13 @@ class Size:
     folded_norms: int
 
     @staticmethod
-    def of(checkpoint: Checkpoint, names: TensorPlan) -> "Size":
-        """The size of a source or a converted checkpoint; `names` says which norms fold."""
+    def of(checkpoint: Checkpoint, tensors: TensorPlan) -> "Size":
+        """The size of a source or a converted checkpoint; `tensors` says which norms fold."""
         return Size(
             tensors=len(checkpoint.tensors),
             nbytes=sum(info.nbytes for info in checkpoint.tensors.values()),
             files=len(checkpoint.headers),
-            folded_norms=len(names.norms.keys() & checkpoint.tensors.keys()),
+            folded_norms=len(tensors.norms.keys() & checkpoint.tensors.keys()),
         )
 
 
@@ -75,8 +75,8 @@ class Conversion:
     @staticmethod
     def of(planned: PlannedCheckpoint, result: Checkpoint) -> "Conversion":
         """The facts about two checkpoints. A manifest that cannot be read is left to `verify_weights` to report."""
-        plan, names = planned.plan, planned.tensors
-        sizes = Size.of(planned.checkpoint, names), Size.of(result, names)
+        plan, tensors = planned.plan, planned.tensors
+        sizes = Size.of(planned.checkpoint, tensors), Size.of(result, tensors)
         try:
             manifest = read_manifest(result.folder)
             digest = sha256_of(result.folder / MANIFEST_FILE)

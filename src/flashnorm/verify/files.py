@@ -47,8 +47,8 @@ def check_files(
     Returns:
         How many files have the hash that the manifest gives.
     """
-    original, names = planned.checkpoint, planned.tensors
-    _check_config(original, result, names, findings)
+    original, tensors = planned.checkpoint, planned.tensors
+    _check_config(original, result, tensors, findings)
     check_index(result, findings)
     copies = set(other_files(original).belonging)
     records = folder_records(result.folder, copies, result_hashes)
@@ -56,14 +56,14 @@ def check_files(
     return _check_manifest(planned, result, source_hashes, records, findings)
 
 
-def _check_config(original: Checkpoint, result: Checkpoint, names: TensorPlan, findings: Findings) -> None:
+def _check_config(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findings: Findings) -> None:
     expected = copy.deepcopy(original.config)
-    if names.unties:
+    if tensors.unties:
         expected["tie_word_embeddings"] = False
         part = expected.get("text_config")
         if isinstance(part, dict) and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
-    expected |= config_keys(names.norms)
+    expected |= config_keys(tensors.norms)
     found = copy.deepcopy(result.config)
     section = found.get(CONFIG_KEY)
     if isinstance(section, dict) and isinstance(section.get("weightless"), list):
@@ -119,7 +119,7 @@ def _check_manifest(
     records: Mapping[str, FileRecord],
     findings: Findings,
 ) -> int:
-    original, names = planned.checkpoint, planned.tensors
+    original, tensors = planned.checkpoint, planned.tensors
     try:
         manifest = read_manifest(result.folder)
     except InputError as error:
@@ -136,7 +136,7 @@ def _check_manifest(
     for name in source_hashes.keys() - manifest.source_files.keys():
         findings.add(Finding("manifest", MANIFEST_FILE, f"does not list the source's {name}"))
     check_plan(manifest, planned.plan, findings)
-    check_options(manifest, result, planned, names, names.unties, findings)
+    check_options(manifest, result, planned, tensors, tensors.unties, findings)
     return right
 
 

@@ -222,18 +222,18 @@ def _check_model(
     checkpoint = Checkpoint.open(folder)
     planned = plan_checkpoint(checkpoint, keep=kept_by(manifest.options), trust_remote_code=trust_remote_code)
     planned = without_too_large(planned, checkpoint)
-    names, stored = planned.tensors, planned.stored
+    tensors, stored = planned.tensors, planned.stored
     check_plan(manifest, planned.plan, findings)
     check_index(checkpoint, findings)
-    absent = [name for name in stored.absent() if name not in names.norms]
+    absent = [name for name in stored.absent() if name not in tensors.norms]
     for name in absent:
         findings.add(Finding("tensor", name, "is missing"))
-    names = _listed(checkpoint, names, findings)
+    tensors = _listed(checkpoint, tensors, findings)
     # Whether the source's head was tied is not known here, only that the head is not tied now.
     untied = manifest.options.get("untie") is True and checkpoint.config.get("tie_word_embeddings") is False
-    check_options(manifest, checkpoint, planned, names, untied, findings)
-    norms = check_norms(checkpoint, names, findings)
-    shapes, fit = names.shapes, 0
+    check_options(manifest, checkpoint, planned, tensors, untied, findings)
+    norms = check_norms(checkpoint, tensors, findings)
+    shapes, fit = tensors.shapes, 0
     for name, info in checkpoint.tensors.items():
         expected = shapes.get(name, info.shape)
         if info.shape == expected:
@@ -242,18 +242,18 @@ def _check_model(
             found, wanted = (str(list(shape)) for shape in (info.shape, expected))
             problem = "has another shape than the model's code expects"
             findings.add(Finding("tensor", name, problem, stored=found, expected=wanted))
-    _check_finite(checkpoint, names, findings, progress)
+    _check_finite(checkpoint, tensors, findings, progress)
     return fit, len(stored.unread()), norms
 
 
 def _check_finite(
     checkpoint: Checkpoint,
-    names: TensorPlan,
+    tensors: TensorPlan,
     findings: Findings,
     progress: Callable[[int, int], object] | None,
 ) -> None:
     """Report folded weights that are infinite. Reads all folded weights."""
-    folded = {name: checkpoint.tensors[name] for name in names.folds if name in checkpoint.tensors}
+    folded = {name: checkpoint.tensors[name] for name in tensors.folds if name in checkpoint.tensors}
     total, done = sum(info.nbytes for info in folded.values()), 0
 
     def advance(nbytes: int) -> None:
@@ -272,7 +272,7 @@ def _check_finite(
             findings.add(Finding("tensor", name, problem, index, differing=count, elements=math.prod(info.shape)))
 
 
-def _listed(checkpoint: Checkpoint, names: TensorPlan, findings: Findings) -> TensorPlan:
+def _listed(checkpoint: Checkpoint, tensors: TensorPlan, findings: Findings) -> TensorPlan:
     """The plan with the norm tensors that config.json lists: the files use only one name of a shared norm."""
     for key in CONFIG_FLAGS:
         if (flag := checkpoint.config.get(key)) is not True:
@@ -281,12 +281,12 @@ def _listed(checkpoint: Checkpoint, names: TensorPlan, findings: Findings) -> Te
     listed = listed_norms(checkpoint.config, checkpoint.folder / CONFIG_FILE)
     if listed is None:
         findings.add(Finding("config", CONFIG_FILE, "does not list the weightless norms"))
-        return names
-    weightless = {names.parameters.get(name, name) for name in listed}
-    if odd := weightless ^ set(names.parameters.values()):
+        return tensors
+    weightless = {tensors.parameters.get(name, name) for name in listed}
+    if odd := weightless ^ set(tensors.parameters.values()):
         problem = f"lists other weightless norms than those that fold, e.g. {min(odd)}"
         findings.add(Finding("config", CONFIG_FILE, problem))
-    return replace(names, norms={name: names.norms[name] for name in listed if name in names.norms})
+    return replace(tensors, norms={name: tensors.norms[name] for name in listed if name in tensors.norms})
 
 
 def _line(ok: bool, markup: str) -> Text:

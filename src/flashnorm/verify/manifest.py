@@ -75,7 +75,7 @@ def check_options(
     manifest: Manifest,
     result: Checkpoint,
     planned: PlannedCheckpoint,
-    names: TensorPlan,
+    tensors: TensorPlan,
     untied: bool,
     findings: Findings,
 ) -> None:
@@ -85,10 +85,10 @@ def check_options(
         manifest: the manifest of the converted checkpoint.
         result: the converted checkpoint.
         planned: the fresh plan, made with the same patterns for norms to keep.
-        names: the plan, in tensor names.
+        tensors: the plan, in tensor names.
         untied: whether the conversion gave the output head a weight of its own.
     """
-    optional = names.norms.keys() - set(names.spelled_out)  # if empty, --keep-norms makes no difference
+    optional = tensors.norms.keys() - set(tensors.spelled_out)  # if empty, --keep-norms makes no difference
     keeps = bool(optional & result.tensors.keys()) if optional else manifest.options.get("keep_norms")
     did = options(bool(keeps), untied, planned.asked)
     if manifest.options != did:

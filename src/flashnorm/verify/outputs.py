@@ -161,7 +161,7 @@ def compare_outputs(
     load_source = source_loader(original.folder, trust_remote_code, **always)
     load_converted = converted_loader(loading)
 
-    stage("the source in float64, as the oracle")
+    stage("the source in float64, as the reference")
     oracle = run.outputs(load_source, torch.float64, tokens, exact=True)
     stage(f"the source in {_short(dtype)}")
     source_outputs = run.outputs(load_source, dtype, tokens)
@@ -206,7 +206,7 @@ def compare_outputs(
         as_loaded=as_loaded,
         criteria=(
             within(
-                f"in float64, the converted model is no farther from the oracle than {_short(dtype)} takes the source",
+                f"in float64, the converted one is no farther from the reference than {_short(dtype)} takes the source",
                 rounding,
                 source_run,
                 1.0,

@@ -66,7 +66,7 @@ def kl_by_token(report: OutputsReport) -> str | None:
             axes.plot(at, np.where(mean > 0, mean, np.nan), color=colour, linewidth=1.8, label=name)
         axes.set_yscale("log")
         axes.set_xlabel("position in the text (tokens)")
-        axes.set_ylabel("KL to the oracle (nats)")
+        axes.set_ylabel("KL to the reference (nats)")
         _legend(axes)
 
     return _svg("kl", draw)

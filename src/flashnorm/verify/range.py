@@ -127,19 +127,19 @@ def without_too_large(planned: PlannedCheckpoint, result: Checkpoint) -> Planned
         listed = None
     if listed is None:  # other checks report this
         return planned
-    measured, plan, names = planned.checkpoint, planned.plan, planned.tensors
-    weightless = {names.parameters.get(name, name) for name in listed}
+    measured, plan, tensors = planned.checkpoint, planned.plan, planned.tensors
+    weightless = {tensors.parameters.get(name, name) for name in listed}
     folds = {fold.norm: fold for fold in plan.folds if fold.norm not in weightless}
-    kept = names.tensors_of(folds)
+    kept = tensors.tensors_of(folds)
     # The weights of a converted checkpoint have taken the gains of the removed norms already.
-    open_names = names.without(names.norms.keys() - kept) if measured is result else names
+    open_names = tensors.without(tensors.norms.keys() - kept) if measured is result else tensors
     reasons = too_large_norms(measured, open_names, kept)
     return planned.keep(
-        {names.parameters.get(name, name): Kept(reason, kind=Kind.VALUES) for name, reason in reasons.items()}
+        {tensors.parameters.get(name, name): Kept(reason, kind=Kind.VALUES) for name, reason in reasons.items()}
     )
 
 
-def too_large_norms(checkpoint: Checkpoint, names: TensorPlan, norms: Collection[str]) -> dict[str, str]:
+def too_large_norms(checkpoint: Checkpoint, tensors: TensorPlan, norms: Collection[str]) -> dict[str, str]:
     """Those of some norm tensors whose gain makes a finite weight infinite -> the reason, in words.
 
     For each channel, the largest weight is multiplied by all gains there that are larger than one. If the rounded
@@ -147,15 +147,15 @@ def too_large_norms(checkpoint: Checkpoint, names: TensorPlan, norms: Collection
 
     Args:
         checkpoint: the checkpoint that holds the weights and the norms.
-        names: the plan, in tensor names.
+        tensors: the plan, in tensor names.
         norms: the norm tensors to judge.
 
     Raises:
         InputError: a file cannot be read.
     """
     found: dict[str, str] = {}
-    for name, fold in names.folds.items():
-        tensor = names.untied.get(name, name)
+    for name, fold in tensors.folds.items():
+        tensor = tensors.untied.get(name, name)
         asked = {use.norm for use in fold.gains} & set(norms) - found.keys()
         if asked and _can_be_read(checkpoint, tensor, fold):
             reasons = _too_large(checkpoint, name, tensor, fold)

@@ -99,10 +99,10 @@ def verify_weights(
         InputError: one of the two checkpoints cannot be read.
     """
     started = time.monotonic()
-    original, names = planned.checkpoint, planned.tensors
+    original, tensors = planned.checkpoint, planned.tensors
     findings = Findings(PROBLEMS_IN_FULL)
-    pairs = _pairs(original, result, names, findings)
-    norms = check_norms(result, names, findings, original)
+    pairs = _pairs(original, result, tensors, findings)
+    norms = check_norms(result, tensors, findings, original)
     wrong: set[str] = set()
 
     def report(finding: Finding) -> None:
@@ -113,7 +113,7 @@ def verify_weights(
     of_source, of_result, underflow = compare_tensors(
         original, result, pairs, report, advance or (lambda nbytes: None), sample
     )
-    biases = check_biases(original, result, names, report)
+    biases = check_biases(original, result, tensors, report)
     files = check_files(planned, result, of_source, of_result, findings)
     return WeightsReport(
         folded=sum(pair.fold is not None and pair.name not in wrong for pair in pairs),
@@ -130,20 +130,20 @@ def verify_weights(
     )
 
 
-def _pairs(original: Checkpoint, result: Checkpoint, names: TensorPlan, findings: Findings) -> list[Pair]:
+def _pairs(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findings: Findings) -> list[Pair]:
     """The tensors to compare, in the order of the converted checkpoint. A tensor without a partner is a finding."""
-    expected = {name: name for name in original.tensors if name not in names.norms} | names.untied
+    expected = {name: name for name in original.tensors if name not in tensors.norms} | tensors.untied
     for name in expected.keys() - result.tensors.keys():
         findings.add(Finding("tensor", name, "is missing"))
-    for name in result.tensors.keys() - expected.keys() - names.norms.keys():
+    for name in result.tensors.keys() - expected.keys() - tensors.norms.keys():
         findings.add(Finding("tensor", name, f"is not in the source (in {result.tensors[name].file})"))
     pairs = []
     for name, stored in result.tensors.items():
         if name not in expected:
             continue
         source = original.tensors[expected[name]]
-        fold = names.folds.get(name)
-        changed_bias = name in names.biases or name in names.divided
+        fold = tensors.folds.get(name)
+        changed_bias = name in tensors.biases or name in tensors.divided
         if (source.dtype, source.shape) != (stored.dtype, stored.shape):
             found, wanted = (f"{info.dtype} {list(info.shape)}" for info in (stored, source))
             findings.add(Finding("tensor", name, "has another dtype or shape", stored=found, expected=wanted))
@@ -161,26 +161,26 @@ def _unknown(original: Checkpoint, dtype: str, norms: Iterable[str]) -> str | No
     return next((dtype for dtype in dtypes if dtype not in FORMATS), None)
 
 
-def check_norms(result: Checkpoint, names: TensorPlan, findings: Findings, original: Checkpoint | None = None) -> int:
+def check_norms(result: Checkpoint, tensors: TensorPlan, findings: Findings, original: Checkpoint | None = None) -> int:
     """Check that the folded norms are all absent, or stored at their identity value.
 
     They may be stored if all of them are (--keep-norms), or exactly those that the plan spells out.
 
     Args:
         result: the converted checkpoint.
-        names: the plan, in tensor names.
+        tensors: the plan, in tensor names.
         findings: collects what is wrong.
         original: the source, which gives dtype and shape; None if it is not available.
 
     Returns:
         How many norms are right.
     """
-    present = {name: one for name, one in names.norms.items() if name in result.tensors}
-    if len(present) < len(names.norms) and present.keys() != set(names.spelled_out):
-        missing = next(name for name in names.norms if name not in present)
-        problem = f"{len(names.norms) - len(present)} of {len(names.norms)} folded norms are absent, others are not"
+    present = {name: one for name, one in tensors.norms.items() if name in result.tensors}
+    if len(present) < len(tensors.norms) and present.keys() != set(tensors.spelled_out):
+        missing = next(name for name in tensors.norms if name not in present)
+        problem = f"{len(tensors.norms) - len(present)} of {len(tensors.norms)} folded norms are absent, others are not"
         findings.add(Finding("tensor", missing, problem))
-    right = len(names.norms) - len(present)
+    right = len(tensors.norms) - len(present)
     for name, one in present.items():
         info = result.tensors[name]
         source = info if original is None else original.tensors[name]
