@@ -100,7 +100,8 @@ def test_in_use(
 ) -> None:
     """Several adapters at once, merged, and trained on; those of the source are refused."""
     before = peft.PeftModel.from_pretrained(source(smollm2), trained["lora"], adapter_name="lora")
-    plain = logits(before.get_base_model(), tokens)
+    with before.disable_adapter():
+        plain = logits(before, tokens)
     after = peft.PeftModel.from_pretrained(
         flashnorm.load(converted, dtype=torch.float32), fitting["lora"], adapter_name="lora"
     )
