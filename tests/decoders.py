@@ -1,5 +1,6 @@
 """Small random decoders of the kinds that the kernels run."""
 
+import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# An intermediate size that is no multiple of a block, and fits the grouped kernels of Transformers' own experts.
+MIXTURE = {"intermediate_size": 104, "num_experts_per_tok": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -64,6 +67,33 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", {}),
+    "mixtral": ("Mixtral", MIXTURE | {"num_local_experts": 5}),
+    "mixtral, all experts chosen": ("Mixtral", MIXTURE | {"num_local_experts": 2}),
+    "mixtral with a window": ("Mixtral", MIXTURE | {"num_local_experts": 4, "sliding_window": 16}),
+    "qwen3_moe, one layer dense": (
+        "Qwen3Moe",
+        {
+            "head_dim": 32,
+            "num_experts": 9,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen2_moe, one layer dense": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 56,
+            "shared_expert_intermediate_size": 72,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+        },
+    ),
+    "olmoe": ("Olmoe", MIXTURE | {"num_experts": 8, "num_experts_per_tok": 4}),
+    "flex_olmo": ("FlexOlmo", MIXTURE | {"num_experts": 5}),
     "olmo3": (
         "Olmo3",
         {"sliding_window": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
@@ -85,6 +115,14 @@ def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrai
 
 def text(length: int = TEXT) -> Tensor:
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(1))
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model in float64."""
+    model = copy.deepcopy(model).double()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the grouped kernels have no float64
+    return model
 
 
 @torch.inference_mode()

@@ -12,8 +12,9 @@ from flashnorm.cpu.kernels import native
 pytestmark = pytest.mark.slow
 
 OPTIMIZED = {
-    *("cwm", "exaone", "gemma", "gemma2", "gemma3_text", "granite", "internlm3", "iquestcoder", "llama", "ministral"),
-    *("ministral3", "mistral", "olmo2", "olmo3", "phi3", "phi4_multimodal", "qwen2", "qwen3", "seed_oss", "smollm3"),
+    *("cwm", "exaone", "flex_olmo", "gemma", "gemma2", "gemma3_text", "granite", "internlm3", "iquestcoder", "llama"),
+    *("mellum", "ministral", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "olmoe", "phi3", "phi4_multimodal"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
 }
 
 

@@ -98,6 +98,57 @@ def test_the_up_projection_is_scaled_after_the_down_projection(activation: str) 
         assert (bilinear - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("renormalises", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_layer_with_experts(count: int, shared: bool, renormalises: bool) -> None:
+    experts, q_size, kv_size = 5, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    of_attention = {
+        "q": random(q_size, HIDDEN),
+        "k": random(kv_size, HIDDEN, seed=1),
+        "v": random(kv_size, HIDDEN, seed=2),
+        "output": random(HIDDEN, q_size),
+    }
+    mlp = {"gate": random(INNER, HIDDEN), "up": random(INNER, HIDDEN, seed=1), "down": random(HIDDEN, INNER)}
+    w = LayerWeights(
+        **of_attention,
+        **(mlp | {"shared_gate": random(1, HIDDEN)} if shared else {}),
+        router=random(experts, HIDDEN),
+        experts_in=random(experts, 2 * INNER, HIDDEN),
+        experts_out=random(experts, HIDDEN, INNER),
+        mlp_gain=random(HIDDEN, seed=1),
+        experts_per_token=count,
+        renormalises=renormalises,
+    )
+    settings = LayerSettings(HEADS, KV_HEADS, HEAD_DIM, "silu", EPS, QK_EPS, 0.3, 0.7)
+    angles = random(TOKENS, HEAD_DIM // 2)
+    found = deferred.decoder_layer(X, angles.cos(), angles.sin(), w, settings)
+    # Attention alone: an MLP that adds nothing.
+    nothing = LayerWeights(**of_attention, **{name: torch.zeros_like(weight) for name, weight in mlp.items()})
+    x = deferred.decoder_layer(X, angles.cos(), angles.sin(), nothing, settings)
+    assert_same(found, x + settings.residual_scale * plain_experts(rms_norm(x) * random(HIDDEN, seed=1), w))
+
+
+def plain_experts(read: Tensor, w: LayerWeights) -> Tensor:
+    """As models are written: one token and one expert at a time."""
+    assert w.router is not None
+    assert w.experts_in is not None
+    assert w.experts_out is not None
+    rows = []
+    for x in read:
+        scores = torch.softmax(w.router @ x, -1)
+        chosen = sorted(range(len(scores)), key=lambda expert: -float(scores[expert]))[: w.experts_per_token]
+        total = scores[chosen].sum() if w.renormalises else 1
+        row = torch.zeros_like(x)
+        for expert in chosen:
+            gate, up = (w.experts_in[expert] @ x).chunk(2)
+            row += scores[expert] / total * (w.experts_out[expert] @ (F.silu(gate) * up))
+        if w.gate is not None and w.up is not None and w.down is not None and w.shared_gate is not None:
+            row += torch.sigmoid(w.shared_gate @ x) * (w.down @ (F.silu(w.gate @ x) * (w.up @ x)))
+        rows.append(row)
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("gains", [False, True])

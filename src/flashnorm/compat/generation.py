@@ -43,8 +43,10 @@ CACHES: dict[str, bool] = {
     "cache": True,  # since 5.24
 }
 
-# Arguments that a layer passes on to attention without reading them. Hooks handle the last two, see `recorded`.
-FOR_ATTENTION = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states"})
+# Arguments that a layer passes on to attention without reading them. Hooks handle `output_*`, see `recorded`.
+FOR_ATTENTION = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+)
 
 # Attributes of a config that do not change what the model computes, only how attention runs and what is returned.
 INDIFFERENT_SETTINGS = frozenset(

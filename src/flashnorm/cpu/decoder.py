@@ -15,10 +15,10 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """The sizes that all layers of a decoder have in common.
+    """The sizes of a decoder layer. Those of attention are the same for all layers.
 
     Attributes:
-        shapes: field of `LayerWeights` -> the shape of that matrix, or of that vector if a layer has it.
+        shapes: field of `LayerWeights` -> the shape of that tensor, if the layer has it.
         rotary: how many channels of a head RoPE rotates.
     """
 
@@ -31,8 +31,11 @@ class LayerSizes:
         return self.shapes["output"][0]
 
     @staticmethod
-    def of(settings: LayerSettings, hidden: int, inner: int, rotary: int) -> "LayerSizes":
-        """The sizes of a decoder with these settings; `hidden` is the hidden size, `inner` the intermediate size."""
+    def of(settings: LayerSettings, hidden: int, layer: LayerWeights, rotary: int) -> "LayerSizes":
+        """The sizes of a layer of a decoder with these settings and this hidden size."""
+        inner = 0 if layer.gate is None else len(layer.gate)
+        experts = 0 if layer.router is None else len(layer.router)
+        of_expert = 0 if layer.experts_out is None else layer.experts_out.shape[-1]
         q_size, kv_size = settings.heads * settings.head_dim, settings.kv_heads * settings.head_dim
         matrices = {
             "q": (q_size, hidden),
@@ -48,7 +51,13 @@ class LayerSizes:
         together = settings.norm_all_heads
         gains |= {"q_gain": (q_size if together else settings.head_dim,)}
         gains |= {"k_gain": (kv_size if together else settings.head_dim,)}
-        return LayerSizes({**matrices, **biases, **gains}, rotary)
+        experts_have = {
+            "router": (experts, hidden),
+            "experts_in": (experts, 2 * of_expert, hidden),
+            "experts_out": (experts, hidden, of_expert),
+            "shared_gate": (1, hidden),
+        }
+        return LayerSizes({**matrices, **biases, **gains, **experts_have}, rotary)
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,15 @@ class Decoder:
         return self.embedding.shape[1]
 
     @property
-    def sizes(self) -> LayerSizes:
+    def rotated(self) -> int:
+        """How many channels of a head RoPE rotates."""
+        return 2 * self.tables(0, 1)[0].shape[-1]
+
+    @property
+    def sizes(self) -> tuple[LayerSizes, ...]:
         """The sizes that each layer must have."""
-        rotary = 2 * self.tables(0, 1)[0].shape[-1]
-        return LayerSizes.of(self.settings, self.hidden, len(self.layers[0].gate), rotary)
+        rotary = self.rotated
+        return tuple(LayerSizes.of(self.settings, self.hidden, layer, rotary) for layer in self.layers)
 
     def tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """`tables_of` positions `start` to `stop - 1`."""
@@ -128,4 +142,8 @@ def layer_problem(layer: LayerWeights, sizes: LayerSizes) -> str | None:
             return f"expected {name} in {layer.q.dtype}, found {tensor.dtype}"
         if tensor.shape != shape:
             return f"expected {name} to have the shape {shape}, found {tuple(tensor.shape)}"
+        if tensor.dim() == 3 and not tensor.is_contiguous():  # to copy all experts for each token would be slow
+            return f"expected {name} in one piece of memory, found strides {tensor.stride()}"
+    if layer.router is not None and not 0 < layer.experts_per_token <= len(layer.router):
+        return f"expected some of {len(layer.router)} experts for each token, found {layer.experts_per_token}"
     return None

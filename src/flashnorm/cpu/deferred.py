@@ -111,18 +111,35 @@ def bilinear_glu(
     return F.linear(activation(gate) * up, down) * scale.square()
 
 
+def chosen_experts(scores: Tensor, count: int, renormalises: bool) -> Tensor:
+    """The weight of each expert for each token, 0 for those that are not chosen: `[..., experts]` of both.
+
+    Args:
+        scores: `[..., experts]`, the router's outputs.
+        count: how many experts with the largest scores are chosen.
+        renormalises: whether the weights of the chosen experts, the softmax of all scores, are divided by their sum.
+    """
+    found, chosen = scores.softmax(-1).topk(count)
+    found = found / found.sum(-1, keepdim=True) if renormalises else found
+    return torch.zeros_like(scores).scatter(-1, chosen, found)
+
+
 @dataclass(frozen=True)
 class LayerWeights:
-    """A decoder layer with attention and a gated MLP. It normalises before or after these, or both.
+    """A decoder layer with attention and a gated MLP, experts, or both. It normalises before or after these, or both.
 
-    The gain of a norm is `LayerSettings.gain_offset` plus its weight.
+    The gain of a norm is `LayerSettings.gain_offset` plus its weight. The outputs of MLP and experts are added up.
 
     Attributes:
         q: `[heads head_dim, hidden]`.
         k, v: `[kv_heads head_dim, hidden]`.
         output: `[hidden, heads head_dim]`.
-        gate, up: `[intermediate, hidden]`.
-        down: `[hidden, intermediate]`.
+        gate, up: `[intermediate, hidden]`; None if there are only experts.
+        down: `[hidden, intermediate]`; None if there are only experts.
+        router: `[experts, hidden]`, whose outputs are the scores of the experts; None if there are none.
+        experts_in: `[experts, 2 intermediate, hidden]`, each expert's gate and then its up; None if there are none.
+        experts_out: `[experts, hidden, intermediate]`; None if there are none.
+        shared_gate: `[1, hidden]`: beside experts, the MLP is multiplied by the sigmoid of its output; None: by 1.
         q_bias, k_bias, v_bias, output_bias, gate_bias, up_bias, down_bias: `[outputs]`, or None.
         attention_gain, mlp_gain: `[hidden]`, the weights of the norms before attention and MLP; None if folded, or if
             there are no such norms.
@@ -133,15 +150,20 @@ class LayerWeights:
         window: how many positions a token sees, itself included; None: all.
         rotates: whether RoPE rotates queries and keys.
         table: which of the decoder's RoPE tables rotates them.
+        experts_per_token, renormalises: which experts are chosen, and with which weights: see `chosen_experts`.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     output: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: Tensor | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
+    router: Tensor | None = None
+    experts_in: Tensor | None = None
+    experts_out: Tensor | None = None
+    shared_gate: Tensor | None = None
     q_bias: Tensor | None = None
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
@@ -158,6 +180,8 @@ class LayerWeights:
     window: int | None = None
     rotates: bool = True
     table: int = 0
+    experts_per_token: int = 0
+    renormalises: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,14 +262,36 @@ def decoder_layer(x: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, se
     scale = inverse_rms(x, settings.eps) if settings.norm_before else torch.ones_like(scale)
     read = x if weights.mlp_gain is None else x * (weights.mlp_gain + settings.gain_offset)
     activation = ACTIVATIONS[settings.activation]
+    y = _mlp(read, scale, weights, activation) + _experts(read, scale, weights, activation)
+    return x + _added(y, weights.mlp_after, settings)
+
+
+def _mlp(read: Tensor, scale: Tensor, weights: LayerWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the gated MLP makes of activations without the norm's `scale`; zeros if there is none."""
+    if weights.gate is None or weights.up is None or weights.down is None:
+        return torch.zeros_like(read)
+    factor = 1 if weights.shared_gate is None else deferred_linear(read, weights.shared_gate, scale).sigmoid()
     gate, up = F.linear(read, weights.gate), F.linear(read, weights.up)
     if weights.gate_bias is None and weights.up_bias is None and weights.down_bias is None:
-        return x + _added(deferred_glu(gate, up, scale, weights.down, activation), weights.mlp_after, settings)
+        return factor * deferred_glu(gate, up, scale, weights.down, activation)
     gate, up = (
         y * scale if bias is None else y * scale + bias
         for y, bias in ((gate, weights.gate_bias), (up, weights.up_bias))
     )
-    return x + _added(F.linear(activation(gate) * up, weights.down, weights.down_bias), weights.mlp_after, settings)
+    return factor * F.linear(activation(gate) * up, weights.down, weights.down_bias)
+
+
+def _experts(read: Tensor, scale: Tensor, weights: LayerWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the experts make of activations without the norm's `scale`; zeros if there are none."""
+    y = torch.zeros_like(read)
+    if weights.router is None or weights.experts_in is None or weights.experts_out is None:
+        return y
+    scores = deferred_linear(read, weights.router, scale)
+    each = chosen_experts(scores, weights.experts_per_token, weights.renormalises)
+    for expert in each.flatten(0, -2).any(0).nonzero()[:, 0].tolist():
+        gate, up = F.linear(read, weights.experts_in[expert]).chunk(2, -1)
+        y = y + each[..., expert, None] * deferred_glu(gate, up, scale, weights.experts_out[expert], activation)
+    return y
 
 
 def _norm_of_heads(q: Tensor, gain: Tensor, scale: Tensor, settings: LayerSettings) -> Tensor:

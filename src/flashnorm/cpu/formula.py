@@ -1,7 +1,8 @@
 """Proves that a model's decoder layers compute the formula in `deferred.py`.
 
 * One layer of each kind (same types and settings of its modules) runs in float32 on random numbers, and so does
-  `deferred.decoder_layer` with the layer's weights. If the results differ, the model is refused.
+  `deferred.decoder_layer` with the layer's weights. If the results differ, the model is refused. Both run once more
+  with large weights: a limit that clips large numbers would not show otherwise.
 * What the model passes to its layers is checked as well: the mask of each layer, and that the RoPE tables of a position
   are the same in every sequence.
 """
@@ -9,7 +10,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 from flashnorm.compat.generation import attention_implementation
 from flashnorm.cpu.decoder import Decoder, UnsupportedError
 from flashnorm.cpu.deferred import LayerWeights, decoder_layer, inverse_rms
-from flashnorm.cpu.structure import find_decoder
+from flashnorm.cpu.structure import find_decoder, read_layer
 
 _TOKENS = 8
 # Tolerance for float32 sums in another order, relative to the largest element of the layer's output.
 _SAME = 1e-4
+# The weights whose outputs a layer may clip, and by what they are enlarged to show it.
+_CLIPPED, _LARGE = ("v", "gate", "up", "experts_in"), 256.0
 
 
 @torch.inference_mode()
@@ -52,9 +54,15 @@ def _prove_layers(model: Any, decoder: Decoder) -> None:
         for index in kinds_of_layers(model, decoder).values():
             layer, weights = model.base_model.layers[index], decoder.layers[index]
             cos, sin = (table[weights.table] for table in tables)
-            expected = _run(layer, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
-            found = decoder_layer(x, cos, sin, _as_float(weights), decoder.settings)
-            _compare(f"layer {index}", found - x, expected - x)
+            own = _as_float(layer)
+            copied = read_layer(own, model.config, index)
+            for factor in (1.0, _LARGE):
+                for name in _CLIPPED:
+                    if (weight := getattr(copied, name)) is not None:
+                        weight.mul_(factor)
+                expected = _run(own, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
+                found = decoder_layer(x, cos, sin, copied, decoder.settings)
+                _compare(f"layer {index}", found - x, expected - x)
     # Embedding, final norm and head: the model's own code without any layer, compared with the formula.
     ids = torch.randint(0, decoder.embedding.shape[0], (1, _TOKENS), generator=generator)
     embedded: list[Tensor] = []
@@ -157,7 +165,7 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float = _SAM
 def _run(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, window: int | None) -> Tensor:
     mask = torch.zeros(1, 1, _TOKENS, _TOKENS).masked_fill(~_seen(window), torch.finfo(torch.float32).min)
     try:
-        output = copy.deepcopy(layer).float()(
+        output = layer(
             x,
             attention_mask=mask,
             position_ids=torch.arange(_TOKENS)[None],
@@ -169,9 +177,11 @@ def _run(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, window: int | No
     return output[0] if isinstance(output, tuple) else output
 
 
-def _as_float(weights: LayerWeights) -> LayerWeights:
-    tensors = {name: value.float() for name, value in vars(weights).items() if isinstance(value, Tensor)}
-    return replace(weights, **tensors)
+def _as_float(layer: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(layer).float()
+    except Exception as error:
+        raise UnsupportedError(f"expected a decoder layer, found one that cannot be copied: {error}") from error
 
 
 @contextmanager

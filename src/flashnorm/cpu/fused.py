@@ -51,6 +51,7 @@ class FusedDecoder:
         for layer, weights in zip(self._layers, decoder.layers, strict=True):
             native.fill(layer, vars(weights), decoder.settings.gain_offset, self._keep)
             layer.window, layer.rotate, layer.table = weights.window or 0, weights.rotates, weights.table
+            layer.experts_per_token, layer.renormalise = weights.experts_per_token, weights.renormalises
         for layer, (keys, values) in zip(self._layers, self._cache, strict=False):
             _point_to(layer, keys, values)
         self._model = native.Model(
@@ -61,18 +62,20 @@ class FusedDecoder:
             final_norm=1,
             capacity=self._capacity,
             cache_sequences=len(self._lengths),
-            **native.sizes(decoder.layers[0], decoder.settings, decoder.sizes.rotary),
+            **native.sizes(decoder.layers[0], decoder.settings, decoder.rotated),
         )
         self._cos, self._sin = decoder.tables(0, self._capacity)
 
     @property
     def weight_bytes(self) -> int:
-        """Size in bytes of all weight matrices that a step reads."""
-        matrices = [
-            self._model.head,
-            *(getattr(layer, name) for layer in self._layers for name in native.LINEARS),
-        ]
-        return sum(one.inputs * one.outputs for one in matrices) * self._decoder.head.dtype.itemsize
+        """Size in bytes of all weight matrices that a step of one token reads."""
+        numbers = self._decoder.head.numel()
+        for layer in self._decoder.layers:
+            for name in native.LINEARS:
+                if (matrix := getattr(layer, name)) is not None:
+                    read = layer.experts_per_token / len(matrix) if name in native.EXPERTS else 1
+                    numbers += round(matrix.numel() * read)
+        return numbers * self._decoder.head.dtype.itemsize
 
     @property
     def lengths(self) -> list[int]:

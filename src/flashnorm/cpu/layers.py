@@ -83,7 +83,8 @@ class FusedForward(Substitute):
         layer: the model's layer, which was proven.
         config: the model's config.
         index: the number of the layer.
-        settings, sizes: those of the decoder that `structure.find_decoder` found.
+        settings: those of the decoder that `structure.find_decoder` found.
+        sizes: those of the layer.
         rotation: the RoPE tables that the layers of the model share.
     """
 
@@ -189,4 +190,6 @@ class FusedForward(Substitute):
             settings.residual_scale,
             settings.norm_before,
             settings.gain_offset,
+            weights.experts_per_token,
+            weights.renormalises,
         ).view(x.shape)

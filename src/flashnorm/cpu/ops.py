@@ -16,7 +16,7 @@ from flashnorm.cpu.kernels import native
 ATTENTION_INPUTS: tuple[str, ...] = ("q", "k", "v", "q_bias", "k_bias", "v_bias", "attention_gain", "q_gain", "k_gain")
 AFTER_ATTENTION: tuple[str, ...] = (
     *("output", "gate", "up", "down", "output_bias", "gate_bias", "up_bias", "down_bias"),
-    *("attention_after", "mlp_gain", "mlp_after"),
+    *("attention_after", "mlp_gain", "mlp_after", "router", "experts_in", "experts_out", "shared_gate"),
 )
 
 
@@ -134,8 +134,10 @@ def after_attention(
     residual_scale: float,
     norm_before: bool = True,
     gain_offset: float = 0.0,
+    experts_per_token: int = 0,
+    renormalises: bool = False,
 ) -> Tensor:
-    """The rest of a layer after attention: output projection, residual, norm, gated MLP, residual.
+    """The rest of a layer after attention: output projection, residual, norm, gated MLP or experts, residual.
 
     If the layer has norms after attention and MLP, they are applied before the residual is added.
 
@@ -148,20 +150,22 @@ def after_attention(
         residual_scale: the factor of what is added to the residual stream.
         norm_before: whether the MLP's input is normalised.
         gain_offset: what is added to a norm's weight to make its gain.
+        experts_per_token: how many experts a token has.
+        renormalises: whether the weights of a token's experts are divided by their sum.
 
     Returns:
         `[tokens, hidden]`, the residual stream after the layer, in the dtype of `x`.
     """
     found = dict(zip(AFTER_ATTENTION, weights, strict=True))
-    gate = _given(found, "gate")
+    output = _given(found, "output")
     rows = x.float().contiguous()
     rows = rows.clone() if rows.data_ptr() == x.data_ptr() else rows
     read = attended.float().contiguous()
     keep: list[Tensor] = []
-    layer = native.Layer()
+    layer = native.Layer(experts_per_token=experts_per_token, renormalise=renormalises)
     native.fill(layer, found, gain_offset, keep)
-    model = _model(layer, gate, hidden=x.shape[1], heads=1, kv_heads=1, head_dim=attended.shape[1], eps=eps)
-    model.intermediate, model.residual_scale, model.norm_before = len(gate), residual_scale, norm_before
+    model = _model(layer, output, hidden=x.shape[1], heads=1, kv_heads=1, head_dim=attended.shape[1], eps=eps)
+    model.residual_scale, model.norm_before = residual_scale, norm_before
     model.activation = native.ACTIVATIONS[activation]
     past = torch.zeros(1, dtype=torch.int32)
     step = native.Step(

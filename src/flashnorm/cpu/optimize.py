@@ -86,9 +86,12 @@ def install(model: PreTrainedModel, decoder: Decoder | None = None, refusal: str
     """
     decoder = find_decoder(model) if decoder is None else decoder
     layers: Any = model.base_model.layers
-    rotation, settings, sizes = Rotation(), decoder.settings, decoder.sizes
+    rotation, settings = Rotation(), decoder.settings
     generate = Generate(model, refusal)
-    forwards = [FusedForward(layer, model.config, i, settings, sizes, rotation) for i, layer in enumerate(layers)]
+    forwards = [
+        FusedForward(layer, model.config, i, settings, sizes, rotation)
+        for i, (layer, sizes) in enumerate(zip(layers, decoder.sizes, strict=True))
+    ]
     for layer, forward in zip(layers, forwards, strict=True):
         vars(layer)["forward"] = forward
     vars(model)["generate"] = generate

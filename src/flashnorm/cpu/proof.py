@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from flashnorm.compat import generation
 from flashnorm.cpu.decoder import UnsupportedError
 from flashnorm.cpu.kernels import native
+from flashnorm.cpu.structure import choose_all_experts
 
 _VOCABULARY, _WINDOW = 64, 4
 _TOKENS, _PADDING, _STEPS = 8, 3, 3
@@ -55,9 +56,14 @@ def prove(model: Any, indices: Sequence[int], install: Callable[[Any], None]) ->
     for name, logits in found.items():
         if not (error := _error(logits, expected[name])) <= _SAME:
             raise DifferentError(f"{name}: expected what its own code computes, found logits {error:.2g} apart")
+    refusal = _difference_of_generation(own, ours)
     if model.dtype != torch.float32:
+        # With few bits, rounding may choose other experts at a near tie: of these two runs, or of the float32 run.
+        if choose_all_experts(own) and choose_all_experts(ours):
+            install(ours)
+            expected = {name: _run(f"with its own code, {name}", run, own) for name, run in _RUNS.items()}
         _check_own_dtype(model.dtype, own, ours, expected)
-    return _difference_of_generation(own, ours)
+    return refusal
 
 
 def small_copy(model: Any, indices: Sequence[int]) -> Any:

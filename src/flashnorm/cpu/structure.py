@@ -32,6 +32,14 @@ _NORMS: tuple[tuple[str | None, ...], ...] = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 )
+# The known settings of a mixture of experts, of its router and of its experts: they are read, or shapes or the proof
+# show what they say. `jitter_noise` is for training.
+_OF_MIXTURES = {"top_k", "num_experts", "hidden_dim", "jitter_noise", "norm_topk_prob"}
+_OF_ROUTERS = {"top_k", "num_experts", "hidden_dim", "norm_topk_prob"}
+_OF_EXPERTS = {
+    *("num_experts", "hidden_dim", "intermediate_dim", "has_gate", "has_bias", "has_post_expert_norm"),
+    *("is_transposed", "is_concatenated"),
+}
 _NORM_NAMES = {name for names in _NORMS for name in names if name}
 
 
@@ -99,9 +107,8 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 
 
 def _check_sizes(decoder: Decoder) -> None:
-    """Check that all layers have the same sizes, as the kernels require."""
-    sizes = decoder.sizes
-    for index, layer in enumerate(decoder.layers):
+    """Check that the sizes of each layer fit each other, and that attention has the same ones in all of them."""
+    for index, (layer, sizes) in enumerate(zip(decoder.layers, decoder.sizes, strict=True)):
         if (problem := layer_problem(layer, sizes)) is not None:
             raise UnsupportedError(f"in layer {index}: {problem}")
     for name in ("head", "embedding"):
@@ -194,9 +201,8 @@ def read_layer(layer: Any, config: Any, index: int) -> LayerWeights:
     )
     parts = {
         **_parts(attention, ("q", "k", "v"), "qkv_proj", (heads, kv_heads, kv_heads), head_dim),
-        **_parts(mlp, ("gate", "up"), "gate_up_proj", (1, 1)),
         **_part("output", _attribute(attention, "o_proj")),
-        **_part("down", _attribute(mlp, "down_proj")),
+        **(_experts(mlp) if hasattr(mlp, "experts") else _mlp(mlp)),
     }
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[index] == "sliding_attention")
@@ -212,6 +218,54 @@ def read_layer(layer: Any, config: Any, index: int) -> LayerWeights:
         window=int(config.sliding_window) if slides else None,
         rotates=bool(getattr(attention, "use_rope", True)),
     )
+
+
+def _mlp(mlp: Any) -> dict[str, Any]:
+    return {**_parts(mlp, ("gate", "up"), "gate_up_proj", (1, 1)), **_part("down", _attribute(mlp, "down_proj"))}
+
+
+def _experts(mlp: Any) -> dict[str, Any]:
+    """The weights and settings of experts, and of the MLP beside them if there is one.
+
+    Raises:
+        UnsupportedError: there is more than was understood. What the proof compares is a few tokens, for which a group
+            or a bias may happen to make no difference.
+    """
+    router, experts = _attribute(mlp, "gate"), _attribute(mlp, "experts")
+    for module, known in ((mlp, _OF_MIXTURES), (router, _OF_ROUTERS), (experts, _OF_EXPERTS)):
+        settings = {key for key, value in vars(module).items() if isinstance(value, int | float | str)} - {"training"}
+        if unknown := [key for key in settings if not key.startswith("_") and key not in known]:
+            names = ", ".join(sorted(unknown))
+            raise UnsupportedError(f"expected {type(module).__name__} without other settings, found {names}")
+    if buffers := [name for name, _ in mlp.named_buffers()]:
+        raise UnsupportedError(f"expected {type(mlp).__name__} without buffers, found {', '.join(buffers)}")
+    found = _part("router", router)
+    if found.pop("router_bias") is not None:
+        raise UnsupportedError(f"expected {type(router).__name__} without a bias, found one")
+    for name, parameter in (("experts_in", "gate_up_proj"), ("experts_out", "down_proj")):
+        weight = _attribute(experts, parameter)
+        if not isinstance(weight, Tensor) or weight.dim() != 3:
+            raise UnsupportedError(f"expected {parameter} of all experts as one tensor, found {type(weight).__name__}")
+        found[name] = weight.detach()
+    # Where there is no setting, weights are always divided by their sum, or never. The proof shows which.
+    found |= {
+        "experts_per_token": int(_attribute(router, "top_k")),
+        "renormalises": bool(getattr(router, "norm_topk_prob", True)),
+    }
+    if (shared := getattr(mlp, "shared_expert", None)) is not None:
+        gate = _part("shared_gate", _attribute(mlp, "shared_expert_gate"))
+        if gate.pop("shared_gate_bias") is not None:
+            raise UnsupportedError("expected the gate of the shared expert without a bias, found one")
+        found |= _mlp(shared) | gate
+    return found
+
+
+def choose_all_experts(model: Any) -> bool:
+    """Make all routers choose all experts, so that no rounding decides which; returns whether there are routers."""
+    routers = [layer.mlp.gate for layer in model.base_model.layers if hasattr(layer.mlp, "experts")]
+    for router in routers:
+        router.top_k = len(router.weight)
+    return bool(routers)
 
 
 def _parts(

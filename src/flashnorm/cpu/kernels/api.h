@@ -21,8 +21,14 @@ struct FlashnormLinear {
   int64_t bytes;  // size of the weights' memory
 };
 
+// A layer has a gated MLP (gate, up, down), or experts, or both, whose outputs are added. A part that it does not have
+// has no weights.
 struct FlashnormLayer {
   FlashnormLinear q, k, v, output, gate, up, down;
+  FlashnormLinear router;       // [experts][hidden], no bias; its outputs are the scores of the experts
+  FlashnormLinear experts_in;   // [experts][gate, then up][hidden], no bias
+  FlashnormLinear experts_out;  // [experts][hidden][intermediate of an expert], no bias
+  FlashnormLinear shared_gate;  // [1][hidden], no bias: the MLP beside the experts is multiplied by sigmoid of its output
   const float *attention_gain, *mlp_gain;    // gains of the norms before attention and MLP; null if folded
   const float *attention_after, *mlp_after;  // gains of the norms after attention and MLP; null if there are none
   const float *q_gain, *k_gain;              // gains of the norms of queries and keys; null if there are none
@@ -30,6 +36,8 @@ struct FlashnormLayer {
   int32_t window;                          // how many positions a token sees, itself included; 0: all
   int32_t rotate;                          // whether RoPE rotates q and k
   int32_t table;                           // which of the step's RoPE tables
+  int32_t experts_per_token;
+  int32_t renormalise;                     // whether the weights of a token's experts are divided by their sum
   int64_t cache_bytes;                     // size of the memory of `keys`, and the same for `values`
 };
 
@@ -37,7 +45,7 @@ struct FlashnormModel {
   const FlashnormLayer* layers;
   FlashnormLinear head;
   const float* final_gain;  // or null
-  int32_t dtype, layer_count, hidden, intermediate, heads, kv_heads, head_dim, rotary, activation;
+  int32_t dtype, layer_count, hidden, heads, kv_heads, head_dim, rotary, activation;
   int32_t capacity;         // positions in the caches, a multiple of 16
   int32_t norm_before;      // whether the inputs of attention and MLP are normalised
   int32_t norm_all_heads;   // whether queries are normalised over all heads together, and keys; else each head alone

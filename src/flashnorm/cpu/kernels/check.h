@@ -39,6 +39,23 @@ inline const char* problem_of_caches(const FlashnormModel& m, const FlashnormSte
   return nullptr;
 }
 
+inline const char* problem_of_mlp(const FlashnormModel& m, const FlashnormLayer& l) {
+  const int64_t inner = l.gate.out, experts = l.router.out, of_expert = l.experts_out.in;
+  const bool dense = l.gate.weights || l.up.weights || l.down.weights || !l.router.weights;
+  if (dense && !(fits(l.gate, m.hidden, inner, m.dtype) && fits(l.up, m.hidden, inner, m.dtype) &&
+                 fits(l.down, inner, m.hidden, m.dtype)))
+    return "a weight has another size";
+  if (!l.router.weights) return l.shared_gate.weights ? "a gate for an MLP beside experts has no experts" : nullptr;
+  if (!fits(l.router, m.hidden, experts, m.dtype) || !fits(l.experts_in, m.hidden, 2 * experts * of_expert, m.dtype) ||
+      !fits(l.experts_out, of_expert, experts * m.hidden, m.dtype))
+    return "an expert's weight has another size";
+  if (l.experts_per_token < 1 || l.experts_per_token > experts) return "a token has more experts than there are";
+  if (l.shared_gate.weights && (!dense || !fits(l.shared_gate, m.hidden, 1, m.dtype)))
+    return "the gate of the MLP beside the experts has another size";
+  if (l.router.bias || l.experts_in.bias || l.experts_out.bias || l.shared_gate.bias) return "experts have a bias";
+  return nullptr;
+}
+
 // What is wrong with a step, in words; null if nothing is.
 inline const char* problem(const FlashnormModel& m, const FlashnormStep& c, FlashnormPart part) {
   if (m.dtype < kFloat32 || m.dtype > kFloat16) return "the dtype is unknown";
@@ -53,9 +70,10 @@ inline const char* problem(const FlashnormModel& m, const FlashnormStep& c, Flas
   for (int i = 0; i < m.layer_count; ++i) {
     const FlashnormLayer& l = m.layers[i];
     const bool before = fits(l.q, m.hidden, q, m.dtype) && fits(l.k, m.hidden, kv, m.dtype) && fits(l.v, m.hidden, kv, m.dtype);
-    const bool after = fits(l.output, q, m.hidden, m.dtype) && fits(l.gate, m.hidden, m.intermediate, m.dtype) &&
-                       fits(l.up, m.hidden, m.intermediate, m.dtype) && fits(l.down, m.intermediate, m.hidden, m.dtype);
+    const bool after = fits(l.output, q, m.hidden, m.dtype);
     if ((part != kAfterAttention && !before) || (part != kAttentionInputs && !after)) return "a weight has another size";
+    if (part != kAttentionInputs)
+      if (const char* found = problem_of_mlp(m, l)) return found;
     if (part != kAfterAttention && (l.table < 0 || l.table >= c.tables)) return "a layer has no RoPE tables";
   }
   if (part != kAll) return c.projected && (part == kAfterAttention || (c.cos && c.sin && c.positions >= c.tokens)) ? nullptr : "a result has no place";

@@ -2,13 +2,19 @@
 //
 // Norms are deferred: a linear layer reads the residual stream x as it is, and W x is scaled by 1 / r(x) afterwards. If
 // q and k have norms of their own, this scale cancels; if RoPE rotates them, the rotation applies the scale.
+//
+// The rows that chose an expert are gathered, and computed like those of any gated MLP. Each thread owns some channels of
+// the residual stream, and adds the experts one after another: sums do not depend on the number of threads.
 #pragma once
 
 #include <atomic>
 #include <thread>
+#include <type_traits>
 
 #include "api.h"
+#include "arena.h"
 #include "attention.h"
+#include "experts.h"
 
 namespace FLASHNORM_ISA {
 
@@ -84,23 +90,15 @@ class Barrier {
   }
 };
 
-// Memory for intermediate results, cut from one block.
-struct Arena {
-  char* at;
-  template <class T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(at);
-    at += (count * sizeof(T) + 63) / 64 * 64;
-    return taken;
-  }
-};
-
 // K: how linear layers are computed (`Few` or `Many`); its weights are stored in the same dtype as the cache.
 template <class K>
 struct Decoder {
   using Activation = typename K::Activation;
   using C = typename K::Weights;
   using Stored = typename C::Element;
+  using Exact = Few<C, typename K::Tile>;  // reads activations in float32
+  static constexpr bool kExact = std::is_same_v<Activation, float>;
+  static constexpr int kTogether = 256;  // rows of experts that are computed together, if there are fewer tokens
 
   const FlashnormModel& model;
   const FlashnormStep& step;
@@ -108,13 +106,19 @@ struct Decoder {
   int all;         // number of threads
   float *const x, *const logits;
 
-  int q_size, kv_size, ld_hidden, ld_q, ld_intermediate, ld_qkv, splits, tiles;
-  int64_t scratch_size;
+  int q_size, kv_size, ld_hidden, ld_q, ld_intermediate, ld_expert, ld_scores, ld_qkv, splits, tiles;
+  int most_experts, most_per_token;  // of a layer; 0: no layer has experts
+  int64_t gathered_rows, scratch_size;
   Activation *in, *intermediate;  // inputs of the next linear layer
   float *scale, *qkv, *partial_out;
   float *addend;       // what is normalised before it is added to x
   float *heads_scale;  // [rows][q, k]: scales of norms over all heads
   Partial* partial;
+  Routing routing;
+  float* exact;         // [rows][ld_hidden]: `in` in float32, if there are experts
+  float* scores;        // [rows][ld_scores]: of the experts
+  float* shared_scale;  // [rows][kBlock]: the factor of the MLP beside the experts, first of each block
+  char *gathered, *expert_intermediate;  // activations of experts: rows of floats, or of `Activation`
   char* scratch;
 
   Decoder(const FlashnormModel& m, const FlashnormStep& c)
@@ -123,9 +127,22 @@ struct Decoder {
     kv_size = m.kv_heads * m.head_dim;
     ld_hidden = row_size(m.hidden);
     ld_q = row_size(q_size);
-    ld_intermediate = row_size(m.intermediate);
+    int inner = 0, of_expert = 0;
+    most_experts = most_per_token = 0;
+    for (int i = 0; i < m.layer_count; ++i) {
+      const FlashnormLayer& layer = m.layers[i];
+      if (layer.gate.weights) inner = std::max(inner, layer.gate.out);
+      if (!layer.router.weights) continue;
+      of_expert = std::max(of_expert, layer.experts_out.in);
+      most_experts = std::max(most_experts, layer.router.out);
+      most_per_token = std::max(most_per_token, layer.experts_per_token);
+    }
+    ld_intermediate = row_size(inner);
+    ld_expert = row_size(of_expert);
+    ld_scores = padded(most_experts);
+    gathered_rows = std::min(int64_t(rows) * most_per_token, int64_t(rows) + kTogether);
     ld_qkv = q_size + 2 * kv_size;
-    scratch_size = int64_t(std::max({ld_hidden, ld_q, ld_intermediate})) * 2 * kBlock * K::kPackedSize;
+    scratch_size = int64_t(std::max({ld_hidden, ld_q, ld_intermediate, ld_expert})) * 2 * kBlock * K::kPackedSize;
     tiles = splits = 0;
     if (m.layer_count > 0) {
       int longest = 0;
@@ -153,6 +170,17 @@ struct Decoder {
     partial_out = arena.take<float>(tasks * kTokens * model.head_dim);
     partial = arena.take<Partial>(tasks * kTokens);
     scratch = arena.take<char>(all * scratch_size);
+    if (most_experts) {
+      routing.lay_out(arena, rows, most_experts, most_per_token);
+      scores = arena.take<float>(int64_t(rows) * ld_scores);
+      shared_scale = arena.take<float>(int64_t(rows) * kBlock);
+      gathered = arena.take<char>(gathered_rows * ld_hidden * sizeof(float));
+      expert_intermediate = arena.take<char>(gathered_rows * ld_expert * sizeof(float));
+      if constexpr (kExact)
+        exact = in;
+      else
+        exact = arena.take<float>(int64_t(rows) * ld_hidden);
+    }
     return arena.at - memory;
   }
 
@@ -236,17 +264,27 @@ struct Decoder {
 
   void* my_scratch(int me) const { return scratch + me * scratch_size; }
 
-  static void pad(Activation* row, int count) { std::fill(row + count, row + row_size(count), Activation(0)); }
+  template <class A>
+  static void pad(A* row, int count) {
+    std::fill(row + count, row + row_size(count), A(0));
+  }
 
   bool normalises_after() const {
     return model.layer_count > 0 && (model.layers->attention_after || model.layers->mlp_after);
   }
 
   void feed_forward(const FlashnormLayer& layer, int me) {
-    add(layer.output, in, ld_q, layer.attention_after, me);
+    add(layer.output, in, ld_q, layer.attention_after, nullptr, me);
     prepare(layer.mlp_gain, 0, model.norm_before, layer.attention_after, me);
-    gate_up(layer, me);
-    add(layer.down, intermediate, ld_intermediate, layer.mlp_after, me);
+    const bool mixture = layer.router.weights;
+    if (mixture) route(layer, me);
+    if (layer.gate.weights) {
+      gated<K>(in, layer.gate.weights, layer.up.weights, layer.gate.bias, layer.up.bias, layer.gate.out, rows, -1,
+               intermediate, ld_intermediate, me, me);
+      barrier();
+      add(layer.down, intermediate, ld_intermediate, layer.mlp_after, layer.shared_gate.weights ? shared_scale : nullptr, me);
+    }
+    if (mixture) add_experts(layer, me);
   }
 
   // Converts the residual stream for the next linear layer, and computes the scale 1 / r(x) of its norm.
@@ -274,23 +312,29 @@ struct Decoder {
     const float* row = x + int64_t(t) * n;
     scale[t] = norm ? float(1 / std::sqrt(sum_of_squares(row, n) / n + model.eps)) : 1.0f;
     Activation* to = in + int64_t(t) * ld_hidden;
+    float* too = !kExact && most_experts ? exact + int64_t(t) * ld_hidden : nullptr;
     if (gain) {
       alignas(64) float scaled[256];
       for (int i = 0; i < n; i += 256) {
         const int count = std::min(256, n - i);
         for (int j = 0; j < count; ++j) scaled[j] = row[i + j] * gain[i + j];
         put(to + i, scaled, count);
+        if (too) put(too + i, scaled, count);
       }
     } else {
       put(to, row, n);
+      if (too) put(too, row, n);
     }
     pad(to, n);
+    if (too) pad(too, n);
   }
 
   // y = s (W x) + c. If `s` is null, a later step applies the scale.
-  void project(const FlashnormLinear& by, const Activation* from, const float* s, float* y, int ld, int count, int me) {
+  template <class E = K>
+  void project(const FlashnormLinear& by, const typename E::Activation* from, const float* s, float* y, int ld, int count,
+               int me) {
     const float* bias = by.bias;
-    linear<K>(from, ld_hidden, by.weights, model.hidden, by.out, count, my_scratch(me), me, all,
+    linear<E>(from, ld_hidden, by.weights, model.hidden, by.out, count, my_scratch(me), me, all,
               [=](int t, int o, const auto& v) {
                 for (int n = 0; n < int(sizeof(v) / sizeof(Vec)); ++n) {
                   Vec at = s ? v[n] * splat(s[t]) : v[n];
@@ -436,7 +480,8 @@ struct Decoder {
   }
 
   // Adds a linear layer's outputs to the residual stream; or keeps them, if a norm comes between (`after`).
-  void add(const FlashnormLinear& to, const Activation* from, int ld, const float* after, int me) {
+  // `factors`: [rows][kBlock], the first of each block is the factor of a row's outputs; or null.
+  void add(const FlashnormLinear& to, const Activation* from, int ld, const float* after, const float* factors, int me) {
     const float* bias = to.bias;
     const float by = model.residual_scale;
     float *x = this->x, *kept = after ? addend : nullptr;
@@ -445,6 +490,7 @@ struct Decoder {
       for (int i = 0; i < int(sizeof(v) / sizeof(Vec)); ++i) {
         float* at = x + int64_t(t) * n + o + i * kBlock;
         Vec y = bias ? v[i] + load(bias + o + i * kBlock) : v[i];
+        if (factors) y = y * splat(factors[int64_t(t) * kBlock]);
         if (kept)
           store(kept + (at - x), y);
         else
@@ -454,17 +500,103 @@ struct Decoder {
     barrier();
   }
 
-  void gate_up(const FlashnormLayer& layer, int me) {
-    const float *gate_bias = layer.gate.bias, *up_bias = layer.up.bias;
-    pair_of_linears<K>(in, ld_hidden, layer.gate.weights, layer.up.weights, model.hidden, model.intermediate, rows,
-                       my_scratch(me), me, all, [=, this](int t, int o, const Vec(&v)[2]) {
-                         Vec gate = v[0] * splat(scale[t]), up = v[1] * splat(scale[t]);
+  // activation(s gate x + c) * (s up x + d), the inputs of a down projection, for `count` rows. `routed`: index of the
+  // first row in the routing, by which rows of tokens are found, or -1: row t is that of token t. `share`: which
+  // thread's share of the outputs.
+  template <class E>
+  void gated(const typename E::Activation* from, const void* gate, const void* up, const float* gate_bias,
+             const float* up_bias, int inner, int count, int routed, typename E::Activation* to, int ld, int share,
+             int me) {
+    pair_of_linears<E>(from, ld_hidden, gate, up, model.hidden, inner, count, my_scratch(me), share, all,
+                       [=, this](int t, int o, const Vec(&v)[2]) {
+                         const Vec s = splat(scale[routed < 0 ? t : routing.row(routed + t)]);
+                         Vec gate = v[0] * s, up = v[1] * s;
                          if (gate_bias) gate = gate + load(gate_bias + o);
                          if (up_bias) up = up + load(up_bias + o);
-                         Activation* row = intermediate + int64_t(t) * ld_intermediate;
+                         auto* row = to + int64_t(t) * ld;
                          put(row + o, apply(model.activation, gate) * up);
-                         if (o + kBlock >= model.intermediate) pad(row, padded(model.intermediate));
+                         if (o + kBlock >= inner) pad(row, padded(inner));
                        });
+  }
+
+  // Chooses the experts of all rows. The scores are sums of float32 products of the exact activations, so that rounding
+  // chooses no other expert than PyTorch would in float32.
+  void route(const FlashnormLayer& layer, int me) {
+    if (me == 0) {
+      routing.experts = layer.router.out;
+      routing.per_row = layer.experts_per_token;
+    }
+    for (int t = 0; t < rows; t += kFewTokens) {
+      const int count = std::min(kFewTokens, rows - t);
+      const float* from = exact + int64_t(t) * ld_hidden;
+      project<Exact>(layer.router, from, scale + t, scores + int64_t(t) * ld_scores, ld_scores, count, me);
+      if (layer.shared_gate.weights)
+        project<Exact>(layer.shared_gate, from, scale + t, shared_scale + int64_t(t) * kBlock, kBlock, count, me);
+    }
+    barrier();
+    const Share mine(rows, me, all);
+    for (int t = mine.begin; t < mine.end; ++t) {
+      routing.choose(scores + int64_t(t) * ld_scores, t, layer.renormalise);
+      float& factor = shared_scale[int64_t(t) * kBlock];
+      if (layer.shared_gate.weights) factor = 1 / (1 + std::exp(-factor));
+      if (layer.mlp_after && !layer.gate.weights) std::fill_n(addend + int64_t(t) * model.hidden, model.hidden, 0.0f);
+    }
+    barrier();
+    if (me == 0) routing.group(rows);
+    barrier();
+  }
+
+  // Adds the experts' outputs, in batches: as many experts as there is memory for, of which each has few rows or each
+  // has many.
+  void add_experts(const FlashnormLayer& layer, int me) {
+    const auto few = [this](int expert) { return routing.count(expert) <= kFewTokens; };
+    for (int first = 0, last; first < routing.experts; first = last) {
+      last = first + 1;
+      if (routing.count(first) == 0) continue;
+      while (last < routing.experts && routing.starts[last + 1] - routing.starts[first] <= gathered_rows &&
+             (routing.count(last) == 0 || few(last) == few(first)))
+        ++last;
+      if (few(first))
+        add_batch<Exact>(layer, first, last, exact, me);
+      else
+        add_batch<K>(layer, first, last, in, me);
+    }
+  }
+
+  // Adds the outputs of experts `first` to `last - 1`.
+  template <class E>
+  void add_batch(const FlashnormLayer& layer, int first, int last, const typename E::Activation* from, int me) {
+    using A = typename E::Activation;
+    A *read = reinterpret_cast<A*>(gathered), *between = reinterpret_cast<A*>(expert_intermediate);
+    const int hidden = model.hidden, inner = layer.experts_out.in, begin = routing.starts[first];
+    const Stored* in_weights = static_cast<const Stored*>(layer.experts_in.weights);
+    const Stored* out_weights = static_cast<const Stored*>(layer.experts_out.weights);
+    const int64_t size = int64_t(inner) * hidden;
+    const Share mine(routing.starts[last] - begin, me, all);
+    for (int i = mine.begin; i < mine.end; ++i)
+      std::copy_n(from + int64_t(routing.row(begin + i)) * ld_hidden, ld_hidden, read + int64_t(i) * ld_hidden);
+    barrier();
+    for (int e = first; e < last; ++e) {
+      if (routing.count(e) == 0) continue;
+      const int64_t at = routing.starts[e] - begin;
+      const Stored* gate = in_weights + 2 * e * size;
+      // If outputs do not divide evenly among the threads, it is each time another thread that has more of them.
+      gated<E>(read + at * ld_hidden, gate, gate + size, nullptr, nullptr, inner, routing.count(e), routing.starts[e],
+               between + at * ld_expert, ld_expert, (me + e) % all, me);
+    }
+    barrier();
+    float* to = layer.mlp_after ? addend : x;
+    const float by = layer.mlp_after ? 1 : model.residual_scale;
+    for (int e = first; e < last; ++e) {
+      if (routing.count(e) == 0) continue;
+      const int start = routing.starts[e];
+      linear<E>(between + int64_t(start - begin) * ld_expert, ld_expert, out_weights + e * size, inner, hidden,
+                routing.count(e), my_scratch(me), me, all, [=, this](int t, int o, const auto& v) {
+                  const Vec weight = splat(by * routing.weights[routing.order[start + t]]);
+                  float* at = to + int64_t(routing.row(start + t)) * hidden + o;
+                  for (int i = 0; i < int(sizeof(v) / sizeof(Vec)); ++i, at += kBlock) store(at, load(at) + v[i] * weight);
+                });
+    }
     barrier();
   }
 };

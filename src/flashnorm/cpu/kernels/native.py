@@ -20,7 +20,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 BLOCK = 16  # number of outputs that are computed together
 MOST_HEAD_DIM = 256
-LINEARS = ("q", "k", "v", "output", "gate", "up", "down")
+EXPERTS = ("experts_in", "experts_out")  # each a matrix of all experts, one below the other
+LINEARS = ("q", "k", "v", "output", "gate", "up", "down", "router", *EXPERTS, "shared_gate")
 GAINS = ("attention_gain", "mlp_gain", "attention_after", "mlp_after", "q_gain", "k_gain")
 # Parts of a model, as `FlashnormPart` numbers them.
 ALL, ATTENTION_INPUTS, AFTER_ATTENTION, NORM_LINEAR = range(4)
@@ -50,6 +51,8 @@ class Layer(Structure):
         ("window", c_int32),
         ("rotate", c_int32),
         ("table", c_int32),
+        ("experts_per_token", c_int32),
+        ("renormalise", c_int32),
         ("cache_bytes", c_int64),
     )
 
@@ -64,7 +67,7 @@ class Model(Structure):
         *(
             (name, c_int32)
             for name in (
-                *("dtype", "layer_count", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "rotary"),
+                *("dtype", "layer_count", "hidden", "heads", "kv_heads", "head_dim", "rotary"),
                 *("activation", "capacity", "norm_before", "norm_all_heads", "final_norm", "cache_sequences"),
             )
         ),
@@ -169,7 +172,6 @@ def sizes(weights: LayerWeights, settings: LayerSettings, rotary: int) -> dict[s
     return {
         "dtype": DTYPES[weights.q.dtype],
         "hidden": weights.q.shape[1],
-        "intermediate": len(weights.gate),
         "heads": settings.heads,
         "kv_heads": settings.kv_heads,
         "head_dim": settings.head_dim,
@@ -199,8 +201,8 @@ def fill(layer: Layer, weights: Mapping[str, Any], gain_offset: float, keep: lis
 
 
 def linear(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> Linear:
-    """A `Linear` that points to weights `[outputs, inputs]` and to a float32 copy of the bias."""
-    weight = weight.contiguous()
+    """A `Linear` that points to weights `[..., outputs, inputs]` and to a float32 copy of the bias."""
+    weight = weight.contiguous().flatten(0, -2)
     keep.append(weight)
     return Linear(weight.data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0], memory_of(weight))
 
