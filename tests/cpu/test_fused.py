@@ -48,8 +48,9 @@ def test_logits(name: str, dtype: torch.dtype) -> None:
         assert ours <= (1e-5 if dtype == torch.float32 else theirs), instruction_set
 
 
-def test_a_folded_model() -> None:
-    model = build("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "qwen2_moe, one layer dense"])
+def test_a_folded_model(name: str) -> None:
+    model = build(name)
     oracle = logits(in_float64(model))
     flashnorm.fold_(model)
     assert error(fused_logits(FusedDecoder(read_decoder(model))), oracle) <= 1e-5

@@ -197,9 +197,13 @@ def _eager(model: Any) -> Iterator[None]:
 @contextmanager
 def _without_layers(model: PreTrainedModel) -> Iterator[None]:
     base: Any = model.base_model
-    layers = base.layers
+    layers, asks = base.layers, getattr(model.config, "output_router_logits", False)
     base.layers = nn.ModuleList()
+    if asks:  # for a loss of routers, of which there are none
+        model.config.output_router_logits = False
     try:
         yield
     finally:
         base.layers = layers
+        if asks:
+            model.config.output_router_logits = asks

@@ -80,6 +80,8 @@ def small_copy(model: Any, indices: Sequence[int]) -> Any:
             setattr(config, name, [value[i] for i in indices])
     config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = len(indices), _VOCABULARY, False
     config.pad_token_id = 0
+    if getattr(config, "output_router_logits", False):  # then layers run their own code
+        config.output_router_logits = False
     windowed = bool(getattr(config, "sliding_window", None))
     if windowed:
         config.sliding_window = _WINDOW

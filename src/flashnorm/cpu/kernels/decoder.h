@@ -270,7 +270,9 @@ struct Decoder {
   }
 
   bool normalises_after() const {
-    return model.layer_count > 0 && (model.layers->attention_after || model.layers->mlp_after);
+    for (int i = 0; i < model.layer_count; ++i)
+      if (model.layers[i].attention_after || model.layers[i].mlp_after) return true;
+    return false;
   }
 
   void feed_forward(const FlashnormLayer& layer, int me) {
@@ -519,8 +521,8 @@ struct Decoder {
                        });
   }
 
-  // Chooses the experts of all rows. The scores are sums of float32 products of the exact activations, so that rounding
-  // chooses no other expert than PyTorch would in float32.
+  // Chooses the experts of all rows. The scores are computed from activations in float32 whatever the weights' dtype is,
+  // because at a near tie rounding would choose another expert.
   void route(const FlashnormLayer& layer, int me) {
     if (me == 0) {
       routing.experts = layer.router.out;
