@@ -141,6 +141,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     options = {"enable_lora": True, "max_lora_rank": 8}
     add("llama with adapter", llama, options=options, adapter=str(folder / "foreign adapter"))
     add("converted adapter", folded, options=options, adapter=str(folder / "converted adapter"))
+    flashnorm.convert_adapter(folder / "foreign adapter", llama, folder / "adapter of other folds", keep=[NORM])
+    add("adapter of other folds", folded, options=options, adapter=str(folder / "adapter of other folds"))
     add("head", folded, options=speculation("eagle", llama))
     found = run_jobs(folder, jobs, timeout=3000)
     for name, options in (
@@ -241,6 +243,7 @@ def test_dummy_weights(results: Results) -> None:
         ("pooled", "the gain of model.norm.weight, whose output would be pooled"),
         ("tensorizer", "found --load-format tensorizer"),
         ("foreign adapter", "expected an adapter for"),
+        ("adapter of other folds", "found one for other folds"),
     ],
 )
 def test_refused(results: Results, name: str, message: str) -> None:
