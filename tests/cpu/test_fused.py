@@ -1,6 +1,7 @@
 """The fused kernels against Transformers, for every instruction set of this machine; and what they refuse."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,16 @@ class Shifted(nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return self.layer(x, **kwargs) + 0.01 * x
+
+
+def test_without_room_for_the_proof_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral", torch.bfloat16)
+    needed = 6 * sum(weight.numel() for weight in model.base_model.layers[0].parameters())  # its layers are of one kind
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=needed - 1))
+    with pytest.raises(UnsupportedError, match="GB of free memory for a copy of a layer of each kind"):
+        read_decoder(model)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=needed))
+    read_decoder(model)
 
 
 def test_a_layer_that_computes_something_else_is_refused() -> None:

@@ -129,6 +129,10 @@ def _layer(
     )
 
 
+# A norm of what is almost zero, as an MLP of one channel may be, enlarges rounding errors by up to eps ** -0.5.
+LARGE_EPS = 1e-2
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(1, 30),
@@ -162,7 +166,7 @@ def test_the_parts_of_a_layer(
         kv_heads,
         head_dim,
         "silu",
-        1e-5,
+        LARGE_EPS,
         1e-6,
         head_dim**-0.5,
         0.7,
@@ -174,13 +178,13 @@ def test_the_parts_of_a_layer(
     cos, sin = angles.cos(), angles.sin()
     given = [getattr(weights, name) for name in ops.ATTENTION_INPUTS]
     projected = ops.attention_inputs(
-        x, cos, sin, given, heads, kv_heads, 1e-5, 1e-6, True, before, together, gain_offset
+        x, cos, sin, given, heads, kv_heads, LARGE_EPS, 1e-6, True, before, together, gain_offset
     )
     q, k, v = projected.view(tokens, -1, head_dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
     attended = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
     rest = [getattr(weights, name) for name in ops.AFTER_ATTENTION]
     attended = attended.transpose(0, 1).reshape(tokens, -1)
-    found = ops.after_attention(x, attended, rest, "silu", 1e-5, 0.7, before, gain_offset)
+    found = ops.after_attention(x, attended, rest, "silu", LARGE_EPS, 0.7, before, gain_offset)
     doubles = {name: value.double() for name, value in vars(weights).items() if isinstance(value, Tensor)}
     exact = decoder_layer(x[None].double(), cos.double(), sin.double(), LayerWeights(**doubles), shared)[0]
     assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -40,8 +41,21 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         UnsupportedError: a part of the model is not what the kernels compute.
     """
     decoder = find_decoder(model)
+    _check_room(model, decoder)
     _prove_layers(model, decoder)
     return decoder
+
+
+def _check_room(model: Any, decoder: Decoder) -> None:
+    """Check that there is memory for the copies that the proofs make: a layer of each kind in float32 and its dtype."""
+    layers = [model.base_model.layers[index] for index in kinds_of_layers(model, decoder).values()]
+    bytes_of_each = 4 + decoder.head.element_size()
+    needed = bytes_of_each * sum(weight.numel() for layer in layers for weight in layer.parameters())
+    if needed > (available := psutil.virtual_memory().available):
+        raise UnsupportedError(
+            f"expected {needed / 1e9:.1f} GB of free memory for a copy of a layer of each kind, on which the kernels "
+            f"are proven, found {available / 1e9:.1f} GB"
+        )
 
 
 def _prove_layers(model: Any, decoder: Decoder) -> None:

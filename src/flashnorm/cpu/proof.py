@@ -46,7 +46,7 @@ def prove(model: Any, indices: Sequence[int], install: Callable[[Any], None]) ->
         DifferentError: a forward fails, differs by more than rounding, or does not reach the kernels.
     """
     own = small_copy(model, indices)
-    ours = copy.deepcopy(own)
+    ours = copy.deepcopy(own, {id(weight): weight for weight in own.parameters()})  # a mixture's layers are large
     install(ours)
     before = native.runs[native.AFTER_ATTENTION]
     expected = {name: _run(f"with its own code, {name}", run, own) for name, run in _RUNS.items()}
@@ -162,8 +162,11 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _check_own_dtype(dtype: torch.dtype, own: Any, ours: Any, expected: dict[str, Tensor]) -> None:
-    """Compare runs in the model's own dtype, which has other kernels. Both round, so each is compared with float32."""
-    own, ours = copy.deepcopy(own).to(dtype), copy.deepcopy(ours).to(dtype)
+    """Compare runs in the model's own dtype, which has other kernels. Both round, so each is compared with float32.
+
+    Both models are cast to that dtype in place.
+    """
+    own, ours = own.to(dtype), ours.to(dtype)
     for name, run in _RUNS.items():
         oracle = expected[name]
         theirs, found = ((_run(name, run, one) - oracle).norm() / oracle.norm() for one in (own, ours))
