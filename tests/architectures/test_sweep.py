@@ -25,7 +25,10 @@ CAUSAL = [(name, model_type) for name, model_type in TYPES if name == "causal-lm
 MISSING_LIBRARY = ("ImportError: ", "ModuleNotFoundError: ")
 SAMPLE = CAUSAL[::3] + [pair for pair in TYPES if pair not in CAUSAL][::10]
 # Each of these takes more than half a minute, and the first one twenty minutes.
-LONG = {"apertus1p5", "florence2", "cvt", "glm5_next", "idefics2", "muse_spark", "neucodec", "qwen4_exp", "zaya"}
+LONG = {
+    *("apertus1p5", "florence2", "cvt", "glm5_next", "idefics2", "muse_spark", "neucodec", "qwen4_exp", "vjepa2"),
+    *("xclip", "zaya"),
+}
 EXAMINED = [pair for pair in SAMPLE if pair[1] not in LONG]
 
 
