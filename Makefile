@@ -95,7 +95,7 @@ sanitize: $(INSTALLED)
 	@$(BIN)/python src/flashnorm/cpu/kernels/build.py $(SANITIZED) \
 		-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/cpu/test_ops.py tests/cpu/test_fused.py \
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/cpu/test_ops.py tests/cpu/test_fused.py tests/cpu/test_experts.py \
 		tests/cpu/test_sequences.py --sequences $(SEQUENCES)
 
 # Damaged files, failing disks, signals: hours, if RUNS is large.
