@@ -13,6 +13,7 @@ from typing import Any
 
 from flashnorm.errors import InputError
 from flashnorm.files.direct_io import sha256_of
+from flashnorm.files.header import read_header
 from flashnorm.files.others import other_files
 from flashnorm.files.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
 from flashnorm.files.records import file_record
@@ -100,7 +101,11 @@ def _check_copies(
         if file_record(original.folder / name) != records[name]:
             findings.add(Finding("file", name, "is not the source's, byte for byte"))
     ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, CARD_FILE, *result.headers}
-    for name in sorted(records.keys() - copies - ours):
+    for name in sorted(original.headers.keys() & records.keys() - result.headers.keys()):
+        # A file of the source whose tensors were all removed is written without any, and the index does not name it.
+        if read_header(result.folder / name).tensors:
+            findings.add(Finding("file", name, "holds tensors, but the index does not name it"))
+    for name in sorted(records.keys() - copies - ours - original.headers.keys()):
         problem = "does not belong to the model" if os.path.lexists(original.folder / name) else "is not in the source"
         findings.add(Finding("file", name, problem))
     card = original.folder / CARD_FILE
