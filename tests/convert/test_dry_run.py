@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import flashnorm
 import tiny
 from flashnorm.errors import InputError
+from flashnorm.files.strict_json import MAX_BYTES
 from forked import Commands, assert_refused, forked_commands
 from hub_server import Hub, hub_server
 
@@ -124,6 +125,17 @@ def test_what_is_not_on_the_hub(hub: Hub, run: Commands, tmp_path: Path) -> None
     assert_refused(run("convert", "org/none", tmp_path / "out", "--dry-run"), "org/none", "check the name")
     hub.publish("org/empty", {"config.json": b"{}", "pytorch_model.bin": b""})
     assert_refused(run("convert", "org/empty", tmp_path / "out", "--dry-run"), "org/empty:", "pickles only")
+
+
+def test_a_damaged_header_on_the_hub_is_not_fetched(hub: Hub, run: Commands, tmp_path: Path) -> None:
+    """The file is as large as its header claims to be, so that the size alone does not show the damage."""
+    damaged = (MAX_BYTES + 1).to_bytes(8, "little") + bytes(MAX_BYTES + 1)
+    hub.publish("org/damaged", {"config.json": b'{"model_type": "llama"}', "model.safetensors": damaged})
+    before = len(hub.requests)
+    result = run("convert", "org/damaged", tmp_path / "out", "--dry-run")
+    assert_refused(result, "org/damaged/model.safetensors", f"a header of at most {MAX_BYTES} bytes")
+    sent = {one.headers["Range"] for one in hub.requests[before:] if one.method == "GET" and "Range" in one.headers}
+    assert sent == {"bytes=0-22", "bytes=0-524287"}  # the config, and the first half megabyte of the weights
 
 
 def test_on_the_hub_at_a_revision_in_a_subfolder(hub: Hub, run: Commands, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import random
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +106,29 @@ def test_kept_norms_must_be_at_identity(convert: Convert) -> None:
     damage(converted.folder / FIRST, "layers.0.norm.weight", (5,))
     (finding,) = tensor_findings(converted)
     assert (finding.name, finding.index, finding.expected) == ("layers.0.norm.weight", (5,), "1")
+
+
+def test_a_file_whose_norms_all_went(convert: Convert) -> None:
+    """It is written without tensors, and the index does not name it."""
+    shards = two_shards()
+    norms = {name: shard.pop(name) for shard in shards.values() for name in list(shard) if "norm" in name}
+    converted = convert({**shards, "norms.safetensors": norms}, TWO_SHARDS_FOLDS)
+    assert converted.verify().ok
+    save_file({"layers.0.norm.weight": torch.ones(24)}, converted.folder / "norms.safetensors")
+    problems = {str(finding) for finding in converted.verify().findings}
+    assert "file norms.safetensors: holds tensors, but the index does not name it" in problems
+
+
+def test_many_files_need_few_descriptors(convert: Convert) -> None:
+    shards = {f"model-{i:05}.safetensors": {f"matrix.{i}": torch.ones(3, 2)} for i in range(40)}
+    converted = convert(two_shards() | shards, TWO_SHARDS_FOLDS)
+    taken = len(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 30, limits[1]))
+    try:
+        assert converted.verify().ok
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_some_norms_absent_and_some_not(convert: Convert) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from flashnorm.errors import InputError
 from flashnorm.files.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.files.strict_json import MAX_BYTES
 from flashnorm.format import MANIFEST_FILE
 from flashnorm.hub import hub_errors, local_folder, on_hub
 
@@ -117,6 +118,8 @@ def open_on_hub(repository: str, revision: str | None, subfolder: str, folder: P
 def _header(place: str, name: str, size: int) -> bytes:
     head = _range(place, name, 0, min(size, _HEAD))
     length = 8 + int.from_bytes(head[:8], "little")
+    if length > 8 + MAX_BYTES:
+        return head  # enough for the error when it is read
     more = _range(place, name, len(head), min(size, length)) if len(head) < length else b""
     return (head + more)[:length]
 

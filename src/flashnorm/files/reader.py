@@ -155,7 +155,7 @@ class Checkpoint:
             else:
                 starts = range(info.start + first * size, info.end, outputs * size)
                 rows = [self._read(info.file, start, count * size) for start in starts]
-                yield _as_tensor(bytearray(b"".join(rows)), dtype, (inputs, count)).T
+                yield _as_tensor(bytearray().join(rows), dtype, (inputs, count)).T
 
     def with_states_of(self, names: list[str]) -> "Checkpoint":
         """The same checkpoint, watching more files of its folder. Raises `InputError` if one cannot be read."""

@@ -11,18 +11,29 @@ _PART = 8 << 20
 
 
 class HashedFile:
-    """A file that is hashed, in the order of its bytes, while parts of it are read. A context manager."""
+    """A file that is hashed, in the order of its bytes, while parts of it are read. A context manager.
+
+    It is open from a `read` until it is closed: of a checkpoint with hundreds of files, few may be open at a time.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._reader = DirectReader(path)
-        self._skipped = DirectReader(path)  # used by the hashing thread
+        self._path = path
+        self._reader: DirectReader | None = None
         self._size = path.stat().st_size
         self._sha256 = hashlib.sha256()
         self._position = 0
 
     def read(self, start: int, nbytes: int, buffer: memoryview) -> memoryview:
         """`nbytes` from offset `start`, as a part of `buffer` (see `DirectReader.read`)."""
+        if self._reader is None:
+            self._reader = DirectReader(self._path)
         return self._reader.read(start, nbytes, buffer)
+
+    def close(self) -> None:
+        """Close the file until the next `read`. It can still be hashed, also by another thread."""
+        if self._reader is not None:
+            self._reader.__exit__(None, None, None)
+            self._reader = None
 
     def hash(self, start: int, data: memoryview) -> None:
         """Hash `data`, the file's bytes from offset `start`, after any bytes before it that are not hashed yet."""
@@ -41,14 +52,14 @@ class HashedFile:
             return
         limit = min(_PART, end - self._position)
         ring = buffers(1, limit)
-        while self._position < end:
-            part = self._skipped.read(self._position, min(limit, end - self._position), next(ring))
-            self._sha256.update(part)
-            self._position += part.nbytes
+        with DirectReader(self._path) as skipped:
+            while self._position < end:
+                part = skipped.read(self._position, min(limit, end - self._position), next(ring))
+                self._sha256.update(part)
+                self._position += part.nbytes
 
     def __enter__(self) -> "HashedFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for reader in (self._reader, self._skipped):
-            reader.__exit__(kind, error, at)
+        self.close()

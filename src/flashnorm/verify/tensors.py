@@ -82,12 +82,18 @@ def _read(
 ) -> Generator[Piece, None, None]:
     largest = max((min(_piece_bytes(pair), pair.stored.nbytes) for pair in pairs), default=0)
     originals, results = buffers(_PIECES, largest), buffers(_PIECES, largest)
+    open_files: tuple[HashedFile, ...] = ()
     for pair in pairs:
         step = _piece_bytes(pair)
+        files = sources[pair.source.file], stored[pair.stored.file]
+        for file in open_files:
+            if file not in files:
+                file.close()
+        open_files = files
         for first in range(0, pair.stored.nbytes, step):
             count = min(step, pair.stored.nbytes - first)
-            original = sources[pair.source.file].read(pair.source.start + first, count, next(originals))
-            result = stored[pair.stored.file].read(pair.stored.start + first, count, next(results))
+            original = files[0].read(pair.source.start + first, count, next(originals))
+            result = files[1].read(pair.stored.start + first, count, next(results))
             yield Piece(pair, first, original, result)
 
 
