@@ -384,14 +384,17 @@ def test_a_limit_that_numbers_of_ordinary_size_do_not_reach_is_refused() -> None
     assert "computes something else" in refusal(build("olmoe", clip_qkv=100.0))
 
 
-def test_other_scores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "of_scores", [torch.sigmoid, lambda scores: scores.clamp(-30, 30).softmax(-1)], ids=["sigmoid", "clipped"]
+)
+def test_other_scores_are_refused(monkeypatch: pytest.MonkeyPatch, of_scores: Callable[[Tensor], Tensor]) -> None:
     model: Any = build("mixtral")
     kind = type(model.model.layers[0].mlp.gate)
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
-        found, chosen = scores.sigmoid().topk(self.top_k)
-        return scores, found, chosen
+        found, chosen = of_scores(scores).topk(self.top_k)
+        return scores, found / found.sum(-1, keepdim=True), chosen
 
     monkeypatch.setattr(kind, "forward", forward)
     assert "computes something else" in refusal(model)

@@ -149,6 +149,11 @@ def test_a_window_that_the_model_does_not_use_is_refused() -> None:
         read_decoder(model)
 
 
+def test_a_window_of_one_position_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="a window of at least 2 positions, found 1"):
+        read_decoder(build("mistral with a window", sliding_window=1))
+
+
 @pytest.mark.parametrize("kind", ["GPT2", "Cohere", "StableLm", "GptOss"])
 def test_other_architectures_are_left_as_they_are(kind: str) -> None:
     config = getattr(transformers, f"{kind}Config")(**SIZES | {"hidden_size": 64, "head_dim": 16, "n_embd": 64})

@@ -169,7 +169,10 @@ def _check_own_dtype(dtype: torch.dtype, own: Any, ours: Any, expected: dict[str
     own, ours = own.to(dtype), ours.to(dtype)
     for name, run in _RUNS.items():
         oracle = expected[name]
+        before = native.runs[native.AFTER_ATTENTION]
         theirs, found = ((_run(name, run, one) - oracle).norm() / oracle.norm() for one in (own, ours))
+        if native.runs[native.AFTER_ATTENTION] == before:
+            raise DifferentError(f"{name}, in {dtype}: expected its layers to reach the kernels, found its own code")
         if not found <= _FARTHER * theirs + torch.finfo(dtype).eps:
             raise DifferentError(
                 f"{name}, in {dtype}: expected an error of about {theirs:.2g} as with its own code, found {found:.2g}"

@@ -206,6 +206,8 @@ def read_layer(layer: Any, config: Any, index: int) -> LayerWeights:
     }
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[index] == "sliding_attention")
+    if slides and config.sliding_window < 2:  # Transformers' cache would keep all positions
+        raise UnsupportedError(f"expected a window of at least 2 positions, found {config.sliding_window}")
     attention_gain, attention_after, mlp_gain, mlp_after = map(_gain, _norms_of(layer))
     return LayerWeights(
         **parts,
