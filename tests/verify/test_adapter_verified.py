@@ -87,6 +87,7 @@ def _config(folder: Path, **changes: Any) -> None:
         (lambda to: _config(to, r=3), "r: is 3, was 8"),
         (lambda to: _config(to, lora_bias=False), "lora_bias: is False, expected True"),
         (lambda to: _config(to, flashnorm_plan="0"), "flashnorm_plan: is '0'"),
+        (lambda to: _config(to, revision="flashnorm-0123456789ab"), "other folds"),
         (lambda to: (to / "new.txt").write_text("x"), "does not list new.txt"),
     ],
 )
