@@ -18,7 +18,7 @@ from flashnorm.verify.float64 import float64_everywhere
 QV = ["q_proj", "v_proj"]
 Make = Callable[[], Any]
 
-# Row of the table in docs/adapters.md -> model, and configs of that kind.
+# Kinds that convert exactly: a name -> model, and config.
 EXACT_KINDS: dict[str, tuple[str, Make]] = {
     "lora": ("llama", lambda: peft.LoraConfig(target_modules=QV)),
     "all linears": ("llama", lambda: peft.LoraConfig(target_modules="all-linear")),
@@ -34,6 +34,14 @@ EXACT_KINDS: dict[str, tuple[str, Make]] = {
     "trained biases": ("qwen2", lambda: peft.LoraConfig(target_modules=QV, bias="lora_only")),
     "all biases": ("qwen2", lambda: peft.LoraConfig(target_modules=QV, bias="all")),
     "lora_bias": ("qwen2", lambda: peft.LoraConfig(target_modules=QV, lora_bias=True)),
+    # It works from such a token on.
+    "alora": (
+        "llama",
+        lambda: peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=QV, alora_invocation_tokens=[int(tiny.ids()[0, 2])]
+        ),
+    ),
+    "eva": ("llama", lambda: peft.LoraConfig(target_modules=QV, init_lora_weights="eva")),
     "orthogonal": ("llama", lambda: peft.LoraConfig(target_modules=QV, init_lora_weights="orthogonal")),
     "head": ("llama", lambda: peft.LoraConfig(target_modules=["lm_head", "q_proj"])),
     "embedding": ("llama", lambda: peft.LoraConfig(target_modules=["embed_tokens", "q_proj"])),
@@ -96,6 +104,12 @@ EXACT_KINDS: dict[str, tuple[str, Make]] = {
         "gpt_neox",
         lambda: peft.LoraConfig(target_modules=["dense"], modules_to_save=["query_key_value"]),
     ),
+    # With a vision tower, whose norms have biases.
+    "images as well": ("gemma3", lambda: peft.LoraConfig(target_modules="all-linear")),
+    "images as well, dora": (
+        "gemma3",
+        lambda: peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|up_proj|down_proj)", use_dora=True),
+    ),
     "norm biases that stay": ("cohere_like", lambda: peft.LoraConfig(target_modules=["lm_head", "q_proj"])),
 }
 
@@ -117,6 +131,21 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": tiny.EXPERTS,
     "gpt_oss": {**tiny.EXPERTS, "layer_types": ["full_attention", "full_attention"]},
+    "gemma3": {
+        "text_config": {**tiny.SIZES, "sliding_window": 8, "query_pre_attn_scalar": 16},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": 120,
+        "boi_token_index": 121,
+        "eoi_token_index": 122,
+    },
     "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 4},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 32},
 }
@@ -159,6 +188,35 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         lambda: peft.LoraConfig(target_modules=["query_key_value"], bias="all"),
         "trained parameter of a norm that folds",
     ),
+}
+
+
+# Row of the table in docs/adapters.md -> which of these show it.
+ROWS: dict[str, list[str]] = {
+    "LoRA, rsLoRA, LoRA-FA, rank and alpha patterns, aLoRA": [
+        *("lora", "all linears", "rslora", "patterns", "one layer", "offset gains", "alora", "fused", "mla"),
+        *("norm biases", "norm biases, Conv1D", "norm biases that stay", "images as well", "replicated layers"),
+    ],
+    "LoRA of experts and other parameters (`target_parameters`)": ["experts", "transposed experts"],
+    "LoRA of an embedding": ["embedding"],
+    "LoRA of the output head": ["head", "tied head"],
+    "LoRA initialised by EVA, MiCA, or orthogonally": ["eva", "orthogonal"],
+    "LoRA initialised by PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ": ["pissa"],
+    "trained biases (`bias`), `lora_bias`": [
+        *("trained biases", "all biases", "lora_bias", "norm biases, lora_bias", "norm biases, trained biases"),
+        "norm's bias trained",
+    ],
+    "`modules_to_save`: layers, head, embedding": ["saved layers", "norm biases, saved layers"],
+    "`modules_to_save`: a norm that has folded; LN tuning": ["saved norm", "trained norms"],
+    "trainable tokens": ["trained tokens", "tokens alone"],
+    "DoRA": ["dora", "dora with patterns", "images as well, dora", "dora after a norm's bias"],
+    "AdaLoRA": ["adalora"],
+    "LoHa": ["loha"],
+    "LoKr": ["lokr that fits", "lokr elsewhere", "lokr"],
+    "IA3": ["ia3", "inputs after a norm's bias"],
+    "VeRA": ["vera elsewhere", "vera"],
+    "prompt tuning, p-tuning, prefix tuning": ["prompts", "encoded prompts", "prefixes"],
+    "X-LoRA, OFT, adaption prompts, all others, and options of LoRA that are not named here": ["oft"],
 }
 
 

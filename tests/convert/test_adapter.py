@@ -18,7 +18,7 @@ from flashnorm.errors import InputError
 peft = pytest.importorskip("peft")
 
 import adapters  # noqa: E402
-from adapters import EXACT_KINDS, REFUSED  # noqa: E402
+from adapters import EXACT_KINDS, REFUSED, ROWS  # noqa: E402
 
 # Float64 with norms: two ways to the same logits.
 EXACT = 1e-12
@@ -37,6 +37,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
         return original, out
 
     return made
+
+
+def test_the_table_of_kinds_in_the_documents_has_a_test_for_each_row() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    table = page.partition("## Kinds of adapters")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[1:]
+    assert rows == list(ROWS)
+    assert sorted(name for names in ROWS.values() for name in names) == sorted([*EXACT_KINDS, *REFUSED])
 
 
 @pytest.mark.parametrize("name", EXACT_KINDS)
@@ -252,3 +260,28 @@ def test_pissa_saved_as_a_lora(places: Any, tmp_path: Path) -> None:
     found = adapters.logits(adapters.with_adapter(adapters.folded(out), tmp_path / "converted"))
     assert adapters.distance(found, expected) < 1e-6  # the adapter is in float32
     assert adapters.distance(adapters.logits(adapters.source(original)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["mica", "lora-fa"])
+def test_kinds_that_are_trained_in_float32(places: Any, tmp_path: Path, kind: str) -> None:
+    """MiCA, which PEFT does not initialise in float64; and LoRA-FA, which is an optimizer."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    original, out = places("llama")
+    init = {"init_lora_weights": "mica"} if kind == "mica" else {}
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], **init)
+    if kind == "mica":
+        model = adapters.train(adapters.source(original, torch.float32), config, tmp_path / "adapter")
+    else:
+        model = peft.get_peft_model(adapters.source(original, torch.float32), config).train()
+        optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=0.01)
+        for _ in range(3):
+            model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval().save_pretrained(tmp_path / "adapter")
+    expected = adapters.logits(model)
+    assert adapters.distance(adapters.logits(adapters.source(original, torch.float32)), expected) > 1e-3
+    flashnorm.convert_adapter(tmp_path / "adapter", original, tmp_path / "converted", folded=out)
+    found = adapters.logits(adapters.with_adapter(adapters.folded(out, torch.float32), tmp_path / "converted"))
+    assert adapters.distance(found, expected) < 1e-5

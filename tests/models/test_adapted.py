@@ -66,9 +66,9 @@ def test_folded_together(source: Any, tmp_path: Path, name: str) -> None:
     model = adapters.train(source(kind), make(), tmp_path)
     expected = adapters.logits(model)
     assert adapters.distance(plain, expected) > 1e-3, "the adapter does nothing"
-    before = len(dict(model.named_parameters()))
+    before = dict(model.named_parameters()).keys()
     assert flashnorm.fold_(model) is model
-    assert len(dict(model.named_parameters())) < before
+    assert before - dict(model.named_parameters()).keys()  # the folded norms
     assert adapters.distance(adapters.logits(model.train().eval()), expected) < EXACT
 
 
@@ -115,9 +115,9 @@ def test_merged_for_a_while(source: Any, tmp_path: Path) -> None:
         assert adapters.distance(logits, expected[name]) < EXACT
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "norm biases"])
+@pytest.mark.parametrize("name", ["lora", "dora"])
 def test_trained_on(source: Any, tmp_path: Path, name: str) -> None:
-    """The gradients are those of the source: of `A* = A diag(g)`, the gradient is that of `A` divided by `g`."""
+    """The same loss, and for `B` the same gradients. (Where norms have biases, a part of `B A` is a constant then.)"""
     kind, make = EXACT_KINDS[name]
     model = adapters.train(source(kind), make(), tmp_path).train()
     loss = model(input_ids=tiny.ids(), labels=tiny.ids()).loss
@@ -143,8 +143,8 @@ def test_an_adapter_that_transformers_has_loaded(source: Any, tmp_path: Path) ->
     expected = adapters.logits(model)
     assert flashnorm.fold_(model) is model
     assert adapters.distance(adapters.logits(model), expected) < EXACT
-    model.disable_adapters()
-    assert adapters.distance(adapters.logits(model), adapters.logits(source("llama"))) < EXACT
+    with pytest.raises(InputError, match="gives wrong results here"):
+        model.load_adapter(str(tmp_path), adapter_name="another")
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != ONLY_IN_MEMORY])
@@ -166,7 +166,7 @@ def test_adapters_in_a_state_that_is_refused(source: Any, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="call unmerge_adapter"):
         flashnorm.fold_(model)
     model.unmerge_adapter()
-    scaled = next(module for module in model.modules() if "dora" in getattr(module, "scaling", {}))
+    scaled = next(module for module in model.modules() if "dora" in getattr(module, "lora_B", {}))
     scaled.set_scale("dora", 3.0)
     with pytest.raises(InputError, match="a DoRA with the scale of its config"):
         flashnorm.fold_(model)

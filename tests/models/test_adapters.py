@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,12 @@ def test_adapters_for_a_folder_that_is_converted_again(places: Path, tmp_path: P
         # Whoever goes by the name of the base gets the folded model, in plain Transformers.
         assert close(logits(peft.AutoPeftModelForCausalLM.from_pretrained(adapter)), right)
         assert close(logits(AutoModelForCausalLM.from_pretrained(adapter)), right)
-    flashnorm.convert(places / "llama", out, keep=["*input_layernorm*"], force=True)
+    shutil.copytree(out, tmp_path / "another")
+    with pytest.raises(InputError, match=REFUSED):
+        peft.PeftModel.from_pretrained(flashnorm.load(tmp_path / "another"), own)
+    moved = out.rename(tmp_path / "moved")
+    assert close(logits(peft.PeftModel.from_pretrained(flashnorm.load(moved), own)), of_own)
+    flashnorm.convert(places / "llama", out, keep=["*input_layernorm*"])
     for adapter in (tmp_path / "converted", own, tmp_path / "resumed"):
         refuses(lambda: flashnorm.load(out), adapter)
 
@@ -304,7 +310,7 @@ def test_two_ways_to_say_that_an_adapter_is_right(places: Path, tmp_path: Path):
     """For one that was trained on the folded model in another place."""
     adapter, expected = trained(flashnorm.load(places / "llama-folded"), CONFIGS["q and v"](), tmp_path)
     file = adapter / "adapter_config.json"
-    said = json.loads(file.read_text())
+    said = json.loads(file.read_text()) | {"revision": None}
     for change, flag in (
         ({"base_model_name_or_path": "elsewhere"}, False),
         ({"base_model_name_or_path": FOLDED_BASE}, True),
@@ -321,6 +327,16 @@ def test_two_ways_to_say_that_an_adapter_is_right(places: Path, tmp_path: Path):
     model = flashnorm.load(places / "llama-folded")
     model.load_adapter(str(adapter))
     assert close(logits(model), expected)
+
+
+@pytest.mark.parametrize("damage", [b"\xef\xbb\xbf", b"\xff", b"{"])
+def test_a_config_that_cannot_be_read(places: Path, tmp_path: Path, damage: bytes):
+    """A byte order mark, for one, which PEFT does not read either."""
+    adapter, _ = trained(source(places), CONFIGS["q and v"](), tmp_path)
+    file = adapter / "adapter_config.json"
+    file.write_bytes(damage + file.read_bytes())
+    with pytest.raises(InputError, match=r"adapter_config\.json: expected JSON"):
+        flashnorm.load(places / "llama-folded").load_adapter(str(adapter))
 
 
 def test_copies_and_pickles_have_guards_of_their_own(places: Path, tmp_path: Path, fold: Fold):

@@ -105,3 +105,8 @@ def test_outputs_tell_an_unconverted_adapter(neox: list[Path], tmp_path: Path) -
     report = flashnorm.verify_adapter(*neox[:3], tmp_path / "adapter")
     assert report.outputs is not None
     assert not report.outputs.criteria[0].ok
+
+
+def test_the_converted_adapter_twice(neox: list[Path]) -> None:
+    with pytest.raises(flashnorm.InputError, match="expected an adapter of an ordinary model, found one that is conv"):
+        flashnorm.verify_adapter(*neox[:2], neox[3], neox[3])

@@ -41,7 +41,7 @@ from flashnorm.hub import hub_identity, local_folder
 from flashnorm.planning.adapter import AdapterPlan, plan_adapter
 from flashnorm.planning.adapter_values import AdapterValues
 from flashnorm.planning.as_folded import plan_as_folded, undecided
-from flashnorm.planning.folded import of_folded_model
+from flashnorm.planning.folded import check_unconverted
 from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.version import __version__
 
@@ -154,13 +154,6 @@ def convert_adapter(
         left_out=job.left_out,
         seconds=time.monotonic() - started,
     )
-
-
-def check_unconverted(adapter: Checkpoint) -> None:
-    """Refuse an adapter that belongs to a folded model already. Raises `InputError` if it does."""
-    if (found := of_folded_model(adapter.config)) is not None:
-        where = adapter.folder / ADAPTER_CONFIG
-        raise InputError(f"{where}: expected an adapter of an ordinary model, found {found}; use it as it is")
 
 
 def _folded_config(folded: str | Path) -> tuple[dict[str, Any], Path]:

@@ -17,7 +17,6 @@ outputs, or inputs that do not come from a folded norm).
 
 import copy
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -29,7 +28,15 @@ from torch import nn
 
 from flashnorm.compat import peft
 from flashnorm.errors import InputError
-from flashnorm.format import ADAPTER_MARK, FOLDED_BASE, base_revision, is_folded_base, other_folds
+from flashnorm.files.reader import read_json
+from flashnorm.format import (
+    ADAPTER_MARK,
+    CONFIG_FLAGS,
+    FOLDED_BASE,
+    base_revision,
+    names_folds,
+    other_folds,
+)
 from flashnorm.plan import FoldPlan
 from flashnorm.trace.build import on_meta
 
@@ -41,8 +48,8 @@ _TRIED = "tried"
 def adapter_refusal(adapter: Mapping[str, Any], model: str, folds_hash: str | None = None) -> str | None:
     """Why an adapter cannot be used with a folded model, or None if it can.
 
-    An adapter can be used if it was trained on this folded model, or if its config says that it was folded itself, for
-    the same folds.
+    An adapter can be used if it was trained on this folded model, or if its config says that it belongs to a folded
+    model, with the same folds.
 
     Args:
         adapter: the adapter's `adapter_config.json`.
@@ -55,15 +62,32 @@ def adapter_refusal(adapter: Mapping[str, Any], model: str, folds_hash: str | No
             f"expected an adapter for the folds of {model}, found one for other folds ({base!r}), as other options of "
             f"the conversion make them, or another model; convert it again with `--folded {model}`"
         )
-    if adapter.get(ADAPTER_MARK):
+    if adapter.get(ADAPTER_MARK) or (isinstance(base, str) and _same_place(base, model)):
         return None
-    if isinstance(base, str) and (is_folded_base(base) or _same_place(base, model)):
+    # The base was folded in memory, or its folder is elsewhere now. A folder that is there is another model.
+    if names_folds(adapter) and not os.path.isdir(str(base)):
         return None
     return (
         f"expected an adapter for {model}, found one for {base!r}; one that was trained on the model before its "
         "conversion gives wrong results here, as its inputs lack the norms' gains: convert it with `flashnorm adapter "
         f"ADAPTER {base or 'SOURCE'} OUT_ADAPTER`, or train the adapter on this model. If it was, set "
         f'"base_model_name_or_path" to "{model}" in its adapter_config.json, or end it with "{FOLDED_BASE}"'
+    )
+
+
+def of_ordinary_model(adapter: Mapping[str, Any], model: str) -> str | None:
+    """Why an adapter cannot be used with a model that is not folded, or None if it can.
+
+    Args:
+        adapter: the adapter's `adapter_config.json`.
+        model: the model's folder or hub id.
+    """
+    if not (adapter.get(ADAPTER_MARK) or names_folds(adapter)):
+        return None
+    return (
+        f"expected an adapter for {model}, which is not folded, found one for a folded model "
+        f"({adapter.get('base_model_name_or_path')!r}); use it with that model, or the adapter that it was converted "
+        f'from with this one. If {model} is folded, its config.json lacks "{CONFIG_FLAGS[0]}": true'
     )
 
 
@@ -267,4 +291,5 @@ def _read_config(given: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any] | Non
     found = peft.config_file(str(given["peft_model_id"]), **(where | (given.get("adapter_kwargs") or {})))
     if found is None:
         return None, None
-    return PeftConfig.from_pretrained(os.path.dirname(found)), json.loads(Path(found).read_bytes())
+    said = read_json(Path(found))
+    return PeftConfig.from_pretrained(os.path.dirname(found)), said

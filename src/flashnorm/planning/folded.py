@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm.errors import InputError
+from flashnorm.files.adapter import ADAPTER_CONFIG
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint, read_json
 from flashnorm.format import ADAPTER_MARK, CONFIG_KEY, is_marked, listed_norms, names_folds
 from flashnorm.planning.tensors import TensorPlan
@@ -92,6 +93,13 @@ def of_folded_model(adapter: Mapping[str, Any]) -> str | None:
     if names_folds(adapter) or (config is not None and config.is_file() and is_marked(read_json(config))):
         return f"one of a folded model ({base!r})"
     return None
+
+
+def check_unconverted(adapter: Checkpoint) -> None:
+    """Refuse an adapter that belongs to a folded model already. Raises `InputError` if it does."""
+    if (found := of_folded_model(adapter.config)) is not None:
+        where = adapter.folder / ADAPTER_CONFIG
+        raise InputError(f"{where}: expected an adapter of an ordinary model, found {found}; use it as it is")
 
 
 def _trained(checkpoint: Checkpoint, norms: Mapping[str, float]) -> list[str]:

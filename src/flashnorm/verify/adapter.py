@@ -24,6 +24,7 @@ from flashnorm.format import ADAPTER_MARK, ADAPTER_PLAN, MANIFEST_FILE, other_fo
 from flashnorm.hub import local_folder
 from flashnorm.planning.adapter import AdapterPlan, Constant, Magnitude, SavedBias, plan_adapter
 from flashnorm.planning.as_folded import plan_as_folded
+from flashnorm.planning.folded import check_unconverted
 from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.planning.tensors import ShiftUse, TensorFold
 from flashnorm.verify.adapter_outputs import AdapterOutputs, compare_with_adapters
@@ -142,6 +143,7 @@ def verify_adapter(
         text = read_text(text)
     original, result = Checkpoint.open(local_folder(model, revision, subfolder)), Checkpoint.open(out)
     before, after = open_adapter(local_folder(adapter)), open_adapter(out_adapter)
+    check_unconverted(before)
     folded = result.config, result.folder / CONFIG_FILE
     planned = plan_as_folded(original, folded, trust_remote_code=trust_remote_code)
     plan = plan_adapter(before, planned)
