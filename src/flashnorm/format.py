@@ -5,6 +5,7 @@ All code that reads or writes these uses this module.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,9 @@ ADAPTER_PLAN = "flashnorm_plan"
 FOLDED_BASE = "#flashnorm"
 _FOLDED_BASE = re.compile(rf"{FOLDED_BASE}(?:-([0-9a-f]{{12}}))?$")
 
+# An adapter's `revision` if its base is a folder: with the beginning of the hash of the folder's folds.
+_FOLDS_REVISION = re.compile("flashnorm-([0-9a-f]{12})")
+
 
 def folded_base(model: str, folds_hash: str) -> str:
     """The name, for adapters, of a model that was folded in memory, or by a conversion whose folder is not known."""
@@ -44,10 +48,27 @@ def is_folded_base(base: str) -> bool:
     return _FOLDED_BASE.search(base) is not None
 
 
+def base_revision(model: str, folds_hash: str) -> str | None:
+    """The `revision` of an adapter's base that is a folder, which names the folder's folds; None for a hub id.
+
+    PEFT keeps this key, and drops those that it does not know. Transformers reads no revision of a folder; on the hub,
+    it would look for one of this name.
+    """
+    return f"flashnorm-{folds_hash[:12]}" if os.path.isdir(model) else None
+
+
+def names_folds(adapter: Mapping[str, Any]) -> bool:
+    """Whether an adapter's config says, by its base's name or `revision`, that the base is folded."""
+    revision, base = adapter.get("revision"), adapter.get("base_model_name_or_path")
+    of_folder = isinstance(revision, str) and _FOLDS_REVISION.fullmatch(revision) is not None
+    return of_folder or (isinstance(base, str) and is_folded_base(base))
+
+
 def other_folds(adapter: Mapping[str, Any], folds_hash: str) -> bool:
     """Whether an adapter's config says that it belongs to a folded model with other folds than those of this hash."""
     said = _FOLDED_BASE.search(str(adapter.get("base_model_name_or_path")))
-    hashes = [adapter.get(ADAPTER_PLAN), said and said[1]]
+    of_folder = _FOLDS_REVISION.fullmatch(str(adapter.get("revision")))
+    hashes = [adapter.get(ADAPTER_PLAN), said and said[1], of_folder and of_folder[1]]
     return any(found is not None and not folds_hash.startswith(str(found)) for found in hashes)
 
 

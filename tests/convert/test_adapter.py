@@ -18,116 +18,10 @@ from flashnorm.errors import InputError
 peft = pytest.importorskip("peft")
 
 import adapters  # noqa: E402
+from adapters import EXACT_KINDS, REFUSED, ROWS  # noqa: E402
 
 # Float64 with norms: two ways to the same logits.
 EXACT = 1e-12
-
-QV = ["q_proj", "v_proj"]
-Make = Callable[[], Any]
-
-# Row of the table in docs/adapters.md -> model, and configs of that kind.
-EXACT_KINDS: dict[str, tuple[str, Make]] = {
-    "lora": ("llama", lambda: peft.LoraConfig(target_modules=QV)),
-    "all linears": ("llama", lambda: peft.LoraConfig(target_modules="all-linear")),
-    "rslora": ("llama", lambda: peft.LoraConfig(target_modules=QV, use_rslora=True, r=4, lora_alpha=7)),
-    "patterns": (
-        "llama",
-        lambda: peft.LoraConfig(
-            target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 3}, alpha_pattern={"layers.1.*up_proj": 5}
-        ),
-    ),
-    "one layer": ("llama", lambda: peft.LoraConfig(target_modules=QV, layers_to_transform=[1])),
-    "offset gains": ("gemma", lambda: peft.LoraConfig(target_modules="all-linear")),
-    "trained biases": ("qwen2", lambda: peft.LoraConfig(target_modules=QV, bias="lora_only")),
-    "all biases": ("qwen2", lambda: peft.LoraConfig(target_modules=QV, bias="all")),
-    "lora_bias": ("qwen2", lambda: peft.LoraConfig(target_modules=QV, lora_bias=True)),
-    "orthogonal": ("llama", lambda: peft.LoraConfig(target_modules=QV, init_lora_weights="orthogonal")),
-    "head": ("llama", lambda: peft.LoraConfig(target_modules=["lm_head", "q_proj"])),
-    "embedding": ("llama", lambda: peft.LoraConfig(target_modules=["embed_tokens", "q_proj"])),
-    "tied head": ("tied", lambda: peft.LoraConfig(target_modules=["q_proj", "lm_head"])),
-    "fused": ("phi3", lambda: peft.LoraConfig(target_modules=["qkv_proj", "gate_up_proj"])),
-    "mla": (
-        "deepseek_v3",
-        lambda: peft.LoraConfig(target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]),
-    ),
-    "experts": (
-        "qwen3_moe",
-        lambda: peft.LoraConfig(
-            target_modules=["q_proj"],
-            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
-        ),
-    ),
-    "transposed experts": (
-        "gpt_oss",
-        lambda: peft.LoraConfig(
-            target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        ),
-    ),
-    "saved layers": (
-        "llama",
-        lambda: peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "mlp", "embed_tokens"]),
-    ),
-    "trained tokens": ("llama", lambda: peft.LoraConfig(target_modules=QV, trainable_token_indices=[3, 5])),
-    "tokens alone": ("tied", lambda: peft.TrainableTokensConfig(token_indices=[3, 5])),
-    "adalora": ("llama", lambda: peft.AdaLoraConfig(target_modules=QV, total_step=100)),
-    "dora": ("llama", lambda: peft.LoraConfig(target_modules=["q_proj", "down_proj", "up_proj"], use_dora=True)),
-    "dora with patterns": (
-        "gemma",
-        lambda: peft.LoraConfig(
-            target_modules=QV, use_dora=True, use_rslora=True, lora_alpha=3, alpha_pattern={"v_proj": 9}
-        ),
-    ),
-    "loha": ("llama", lambda: peft.LoHaConfig(target_modules=QV)),
-    "lokr that fits": ("llama", lambda: peft.LoKrConfig(target_modules=QV, decompose_factor=1, r=4)),
-    "lokr elsewhere": ("llama", lambda: peft.LoKrConfig(target_modules=["o_proj"])),
-    "vera elsewhere": ("llama", lambda: peft.VeraConfig(target_modules=["o_proj"])),
-    "ia3": (
-        "llama",
-        lambda: peft.IA3Config(target_modules=["k_proj", "up_proj", "down_proj"], feedforward_modules=["up_proj"]),
-    ),
-    "prompts": ("llama", lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-    "encoded prompts": ("llama", lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-    "prefixes": ("llama", lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-    # LayerNorms, whose biases go into those of the layers, or stay.
-    "norm biases": ("gpt_neox", lambda: peft.LoraConfig(target_modules=["query_key_value", "dense"])),
-    "norm biases, lora_bias": ("opt", lambda: peft.LoraConfig(target_modules=["q_proj", "out_proj"], lora_bias=True)),
-    "norm biases, trained biases": (
-        "gpt_neox",
-        lambda: peft.LoraConfig(target_modules=["query_key_value"], bias="lora_only"),
-    ),
-    "norm biases, Conv1D": (
-        "gpt2",
-        lambda: peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="gaussian"),
-    ),
-    "norm biases, saved layers": (
-        "gpt_neox",
-        lambda: peft.LoraConfig(target_modules=["dense"], modules_to_save=["query_key_value"]),
-    ),
-    "norm biases that stay": ("cohere_like", lambda: peft.LoraConfig(target_modules=["lm_head", "q_proj"])),
-}
-
-MODELS: dict[str, dict[str, Any]] = {
-    "tied": {"tie_word_embeddings": True},
-    "deepseek_v3": {
-        **tiny.EXPERTS,
-        "n_routed_experts": 4,
-        "first_k_dense_replace": 2,  # its router computes in float32
-        "n_group": 1,
-        "topk_group": 1,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 16,
-        "head_dim": 8,
-    },
-    "qwen3_moe": tiny.EXPERTS,
-    "gpt_oss": {**tiny.EXPERTS, "layer_types": ["full_attention", "full_attention"]},
-    "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 4},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 32},
-}
-TYPES = {"tied": "llama", "cohere_like": "gpt_neox"}
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +32,19 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
     def made(kind: str) -> tuple[Path, Path]:
         original, out = folder / kind, folder / f"{kind}-folded"
         if not out.exists():
-            config = tiny.config(TYPES.get(kind, kind), **MODELS.get(kind, {}))
-            tiny.save(original, tiny.model(config, torch.float64))
+            tiny.save(original, adapters.model(kind))
             flashnorm.convert(original, out)
         return original, out
 
     return made
+
+
+def test_the_table_of_kinds_in_the_documents_has_a_test_for_each_row() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    table = page.partition("## Kinds of adapters")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[1:]
+    assert rows == list(ROWS)
+    assert sorted(name for names in ROWS.values() for name in names) == sorted([*EXACT_KINDS, *REFUSED])
 
 
 @pytest.mark.parametrize("name", EXACT_KINDS)
@@ -157,45 +58,6 @@ def test_a_converted_adapter_is_exact(places: Any, tmp_path: Path, name: str) ->
     flashnorm.convert_adapter(tmp_path / "adapter", original, tmp_path / "converted", folded=out)
     found = adapters.logits(adapters.with_adapter(adapters.folded(out), tmp_path / "converted"))
     assert adapters.distance(found, expected) < EXACT
-
-
-# What is refused -> its model, its config, and words of the reason.
-REFUSED: dict[str, tuple[str, Make, str]] = {
-    "saved norm": (
-        "llama",
-        lambda: peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["input_layernorm"]),
-        "trained parameter of a norm that folds.*--keep 'model.layers.0.input_layernorm.weight'",
-    ),
-    "trained norms": ("llama", lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]), "a norm that folds"),
-    "vera": ("llama", lambda: peft.VeraConfig(target_modules=["q_proj"]), "share their factors"),
-    "lokr": ("llama", lambda: peft.LoKrConfig(target_modules=["q_proj"]), "Kronecker product"),
-    "oft": ("llama", lambda: peft.OFTConfig(target_modules=["q_proj"]), "OFT: it rotates the inputs"),
-    "pissa": (
-        "llama",
-        lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
-        "changes the source's weights when the adapter is loaded.*path_initial_model_for_weight_conversion",
-    ),
-    "replicated layers": (
-        "llama",
-        lambda: peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]),
-        "layer_replication makes another model",
-    ),
-    "dora after a norm's bias": (
-        "gpt_neox",
-        lambda: peft.LoraConfig(target_modules=["query_key_value"], use_dora=True),
-        "cannot add a constant",
-    ),
-    "inputs after a norm's bias": (
-        "gpt_neox",
-        lambda: peft.IA3Config(target_modules=["query_key_value"], feedforward_modules=["query_key_value"]),
-        "scales the inputs",
-    ),
-    "norm's bias trained": (
-        "gpt_neox",
-        lambda: peft.LoraConfig(target_modules=["query_key_value"], bias="all"),
-        "trained parameter of a norm that folds",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -285,6 +147,7 @@ def test_the_files(places: Any, lora: Path, tmp_path: Path) -> None:
     plan = json.loads((out / "flashnorm.json").read_text())["plan"]
     folds_hash = flashnorm.FoldPlan.from_dict(plan).folds_hash()
     mark = {"base_model_name_or_path": str(out), "flashnorm": True, "flashnorm_plan": folds_hash}
+    mark["revision"] = f"flashnorm-{folds_hash[:12]}"
     assert new == old | mark
     with pytest.raises(InputError, match="it exists"):
         flashnorm.convert_adapter(lora, original, tmp_path / "converted")
@@ -293,7 +156,7 @@ def test_the_files(places: Any, lora: Path, tmp_path: Path) -> None:
     again = load_file(tmp_path / "converted" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
     new = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
-    assert new == old | mark | {"base_model_name_or_path": f"{original}#flashnorm-{folds_hash[:12]}"}
+    assert new == old | mark | {"base_model_name_or_path": f"{original}#flashnorm-{folds_hash[:12]}", "revision": None}
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(InputError, match="converted already"):
         flashnorm.convert_adapter(tmp_path / "converted", original, tmp_path / "twice")
@@ -397,3 +260,28 @@ def test_pissa_saved_as_a_lora(places: Any, tmp_path: Path) -> None:
     found = adapters.logits(adapters.with_adapter(adapters.folded(out), tmp_path / "converted"))
     assert adapters.distance(found, expected) < 1e-6  # the adapter is in float32
     assert adapters.distance(adapters.logits(adapters.source(original)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["mica", "lora-fa"])
+def test_kinds_that_are_trained_in_float32(places: Any, tmp_path: Path, kind: str) -> None:
+    """MiCA, which PEFT does not initialise in float64; and LoRA-FA, which is an optimizer."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    original, out = places("llama")
+    init = {"init_lora_weights": "mica"} if kind == "mica" else {}
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], **init)
+    if kind == "mica":
+        model = adapters.train(adapters.source(original, torch.float32), config, tmp_path / "adapter")
+    else:
+        model = peft.get_peft_model(adapters.source(original, torch.float32), config).train()
+        optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=0.01)
+        for _ in range(3):
+            model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval().save_pretrained(tmp_path / "adapter")
+    expected = adapters.logits(model)
+    assert adapters.distance(adapters.logits(adapters.source(original, torch.float32)), expected) > 1e-3
+    flashnorm.convert_adapter(tmp_path / "adapter", original, tmp_path / "converted", folded=out)
+    found = adapters.logits(adapters.with_adapter(adapters.folded(out, torch.float32), tmp_path / "converted"))
+    assert adapters.distance(found, expected) < 1e-5

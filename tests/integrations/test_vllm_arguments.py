@@ -115,6 +115,20 @@ def test_adapters_are_given_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert calls == [("request", 1), ("request", 0)]
 
 
+def test_adapters_of_a_folded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by an ordinary model, but not by one of another tool that says that it is folded."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"flashnorm": True}))
+    monkeypatch.setattr(vllm, "adapter_folder", lambda request: tmp_path)
+    model = nn.Linear(1, 1)
+    manager = SimpleNamespace(_adapter_manager=SimpleNamespace(model=model))
+    load = plugin._with_adapter_check(lambda self, lora_request: "an adapter")
+    plugin._BUILT[model] = plugin._Built(None, config(ORDINARY))
+    with pytest.raises(flashnorm.InputError, match="a model, which is not folded"):
+        load(manager, "request")
+    plugin._BUILT[model] = plugin._Built(None, config(FLASHNORM))
+    assert load(manager, "request") == "an adapter"
+
+
 def test_config_of_another_kind() -> None:
     """Whatever vLLM returns for an ordinary model goes back as it is."""
     create = plugin._with_check(None, lambda *args, **kwargs: (args, kwargs))

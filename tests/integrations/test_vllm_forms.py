@@ -143,6 +143,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     add("converted adapter", folded, options=options, adapter=str(folder / "converted adapter"))
     flashnorm.convert_adapter(folder / "foreign adapter", llama, folder / "adapter of other folds", keep=[NORM])
     add("adapter of other folds", folded, options=options, adapter=str(folder / "adapter of other folds"))
+    add("converted adapter on the source", llama, options=options, adapter=str(folder / "converted adapter"))
     add("head", folded, options=speculation("eagle", llama))
     found = run_jobs(folder, jobs, timeout=3000)
     for name, options in (
@@ -244,6 +245,7 @@ def test_dummy_weights(results: Results) -> None:
         ("tensorizer", "found --load-format tensorizer"),
         ("foreign adapter", "expected an adapter for"),
         ("adapter of other folds", "found one for other folds"),
+        ("converted adapter on the source", "which is not folded, found one for a folded model"),
     ],
 )
 def test_refused(results: Results, name: str, message: str) -> None:

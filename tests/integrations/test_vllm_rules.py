@@ -14,7 +14,7 @@ import tiny
 from flashnorm.files.reader import Checkpoint
 from flashnorm.format import listed_norms
 from flashnorm.integrations.vllm import register, rules
-from flashnorm.models.adapters import adapter_refusal
+from flashnorm.models.adapters import adapter_refusal, of_ordinary_model
 from flashnorm.planning.names import StoredNames
 from flashnorm.trace.build import meta_model
 
@@ -121,6 +121,17 @@ def test_adapters(tmp_path: Path) -> None:
         assert adapter_refusal(named, model, ours) is None
         assert adapter_refusal(named, model, None) is None
         assert "other folds" in str(adapter_refusal(named, model, another))
+
+
+def test_adapters_of_folded_models_on_ordinary_ones() -> None:
+    for named in (
+        {"base_model_name_or_path": "out", "flashnorm": True},
+        {"base_model_name_or_path": "a/b#flashnorm-0123456789ab"},
+        {"base_model_name_or_path": "out", "revision": "flashnorm-0123456789ab"},
+    ):
+        assert "expected an adapter for a/b, which is not folded" in str(of_ordinary_model(named, "a/b"))
+    assert of_ordinary_model({"base_model_name_or_path": "a/b", "revision": "main"}, "a/b") is None
+    assert of_ordinary_model({"base_model_name_or_path": "flashnorm/flashnorm-of-b"}, "a/b") is None
 
 
 def test_folded_norms_are_left_out_of_the_weights() -> None:

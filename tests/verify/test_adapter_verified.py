@@ -87,6 +87,7 @@ def _config(folder: Path, **changes: Any) -> None:
         (lambda to: _config(to, r=3), "r: is 3, was 8"),
         (lambda to: _config(to, lora_bias=False), "lora_bias: is False, expected True"),
         (lambda to: _config(to, flashnorm_plan="0"), "flashnorm_plan: is '0'"),
+        (lambda to: _config(to, revision="flashnorm-0123456789ab"), "other folds"),
         (lambda to: (to / "new.txt").write_text("x"), "does not list new.txt"),
     ],
 )
@@ -104,3 +105,8 @@ def test_outputs_tell_an_unconverted_adapter(neox: list[Path], tmp_path: Path) -
     report = flashnorm.verify_adapter(*neox[:3], tmp_path / "adapter")
     assert report.outputs is not None
     assert not report.outputs.criteria[0].ok
+
+
+def test_the_converted_adapter_twice(neox: list[Path]) -> None:
+    with pytest.raises(flashnorm.InputError, match="expected an adapter of an ordinary model, found one that is conv"):
+        flashnorm.verify_adapter(*neox[:2], neox[3], neox[3])

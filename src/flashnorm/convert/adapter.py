@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from flashnorm.arithmetic import PRECISION, Gain, add_products, axis_shift, fold_weight, overflowed
+from flashnorm.arithmetic import PRECISION
 from flashnorm.convert.acceptance import check_config, check_plan
 from flashnorm.convert.on_hub import opened
-from flashnorm.convert.shards import PIECE_BYTES
 from flashnorm.errors import InputError
 from flashnorm.files.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from flashnorm.files.header import DTYPE_BITS, TORCH_DTYPES, TensorInfo, encode_header
@@ -34,17 +32,17 @@ from flashnorm.format import (
     MANIFEST_FILE,
     FileRecord,
     Manifest,
+    base_revision,
     folded_base,
-    is_folded_base,
-    is_marked,
     options,
     to_json,
 )
 from flashnorm.hub import hub_identity, local_folder
-from flashnorm.planning.adapter import AdapterPlan, Constant, Magnitude, SavedBias, plan_adapter
+from flashnorm.planning.adapter import AdapterPlan, plan_adapter
+from flashnorm.planning.adapter_values import AdapterValues
 from flashnorm.planning.as_folded import plan_as_folded, undecided
+from flashnorm.planning.folded import check_unconverted
 from flashnorm.planning.planned import PlannedCheckpoint
-from flashnorm.planning.tensors import TensorFold
 from flashnorm.version import __version__
 
 # Name of a dtype for the converted tensors -> what safetensors calls it.
@@ -158,25 +156,6 @@ def convert_adapter(
     )
 
 
-def check_unconverted(adapter: Checkpoint) -> None:
-    """Refuse an adapter that belongs to a folded model already. Raises `InputError` if it does."""
-    base = adapter.config.get("base_model_name_or_path")
-    where = adapter.folder / ADAPTER_CONFIG
-    if adapter.config.get(ADAPTER_MARK):
-        found = "one that is converted already"
-    elif isinstance(base, str) and _is_folded(base):
-        found = f"one of a folded model ({base!r})"
-    else:
-        return
-    raise InputError(f"{where}: expected an adapter of an ordinary model, found {found}; use it as it is")
-
-
-def _is_folded(base: str) -> bool:
-    """Whether the name of an adapter's base tells that it is a folded model."""
-    config = Path(base) / CONFIG_FILE
-    return is_folded_base(base) or (config.is_file() and is_marked(read_json(config)))
-
-
 def _folded_config(folded: str | Path) -> tuple[dict[str, Any], Path]:
     path = local_folder(folded, config_only=True) / CONFIG_FILE
     return read_json(path, "name the folder of the FlashNorm version"), path
@@ -198,15 +177,15 @@ class _Job:
         self, adapter: Checkpoint, planned: PlannedCheckpoint, plan: AdapterPlan, base: str, dtype: str | None
     ) -> None:
         self._adapter, self._planned, self._plan, self._base = adapter, planned, plan, base
-        self._source = planned.checkpoint
         others = other_files(adapter)
         self._copies = [name for name in others.belonging if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         self.left_out = tuple(name for name in others.left_out if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-        self._norms: dict[str, Tensor] = {}
         self._layout = {name: (self._dtype(name, info, dtype), info.shape) for name, info in adapter.tensors.items()}
         for name, constant in plan.constants.items():
             tag, shape = self._layout[constant.b]
             self._layout.setdefault(name, (tag, shape[:1]))
+        dtypes = {name: tag for name, (tag, _) in self._layout.items()}
+        self._values = AdapterValues(adapter, planned.checkpoint, plan, dtypes)
 
     def write(self, staging: Staging, source_id: str | None, revision: str | None) -> None:
         """Write the adapter into a staging folder."""
@@ -241,13 +220,14 @@ class _Job:
         write_file(staging.model / MANIFEST_FILE, manifest.to_json())
 
     def _config(self) -> dict[str, Any]:
-        changes: dict[str, Any] = {"base_model_name_or_path": self._base}
-        if "revision" in self._adapter.config:
-            changes["revision"] = None  # it was that of the source
+        folds_hash = self._planned.plan.folds_hash()
+        # The adapter's own revision is that of the source.
+        revision = base_revision(self._base, folds_hash)
+        changes: dict[str, Any] = {"base_model_name_or_path": self._base, "revision": revision}
         if self._plan.constants:
             # PEFT wants these together. How an adapter was initialised does not matter any more.
             changes |= {"lora_bias": True, "init_lora_weights": True}
-        return self._adapter.config | changes | {ADAPTER_MARK: True, ADAPTER_PLAN: self._planned.plan.folds_hash()}
+        return self._adapter.config | changes | {ADAPTER_MARK: True, ADAPTER_PLAN: folds_hash}
 
     def _bytes(self) -> Iterator[bytes]:
         """The new safetensors file, tensor by tensor, in the order of the old one."""
@@ -261,77 +241,7 @@ class _Job:
             if name not in self._plan.changed and same:
                 yield bytes(self._adapter.read_bytes(name))
             else:
-                yield self._tensor(name).contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-    def _tensor(self, name: str) -> Tensor:
-        """The new value of a tensor, in the dtype that it will have."""
-        if (fold := self._plan.folds.get(name)) is not None:
-            return self._product(name, fold)
-        if (constant := self._plan.constants.get(name)) is not None:
-            return self._constant(name, constant)
-        if (saved := self._plan.biases.get(name)) is not None:
-            return self._bias(name, saved)
-        if (magnitude := self._plan.magnitudes.get(name)) is not None:
-            return self._magnitude(name, magnitude)
-        return self._old(name)
-
-    def _old(self, name: str) -> Tensor:
-        """A tensor of the source's adapter, widened if that was asked for."""
-        return self._adapter.read_tensor(name).to(TORCH_DTYPES[self._layout[name][0]])
-
-    def _product(self, name: str, fold: TensorFold) -> Tensor:
-        old = self._old(name)
-        gain = self._gain(old.shape[fold.axis], fold)
-        folded = fold_weight(old, gain, fold.axis)
-        if (bad := overflowed(old, folded, gain, fold.axis)).any():
-            channel = int(bad.nonzero()[0])
-            raise InputError(
-                f"{self._adapter.folder / ADAPTER_WEIGHTS}: expected products that fit {self._layout[name][0]}, found "
-                f"{bad[channel].item():g} times a gain of {gain.high[channel].item():g} in {name}; choose a wider "
-                "dtype with --dtype float32"
-            )
-        return folded
-
-    def _constant(self, name: str, constant: Constant) -> Tensor:
-        """`B A beta`, computed in float64 and rounded once, added to the bias that `B` has already."""
-        a, b = self._old(constant.a).double(), self._old(constant.b).double()
-        total = torch.zeros(len(b), dtype=torch.float64)
-        for shift in constant.shifts:
-            total += b @ (a @ axis_shift(a.shape[1], self._norm(shift.bias).double(), shift.segments))
-        dtype = TORCH_DTYPES[self._layout[name][0]]
-        if constant.before is None:
-            return total.to(dtype)
-        return (self._old(constant.before).double() + total).to(dtype)
-
-    def _bias(self, name: str, saved: SavedBias) -> Tensor:
-        holder = self._adapter if saved.in_adapter else self._source
-        inputs = holder.tensors[saved.weight].shape[saved.axis]
-        betas = [axis_shift(inputs, self._norm(shift.bias), shift.segments) for shift in saved.shifts]
-        return add_products(self._old(name), holder.read_outputs(saved.weight, saved.axis, PIECE_BYTES), betas)
-
-    def _magnitude(self, name: str, magnitude: Magnitude) -> Tensor:
-        """`m * norm(W* + s B A*) / norm(W + s B A)` for each output, in float64, with the rounded `W*` and `A*`."""
-        a, b = self._old(magnitude.a), self._old(magnitude.b).double()
-        new_a = self._product(magnitude.a, self._plan.folds[magnitude.a])
-        axis = magnitude.fold.axis
-        gain = self._gain(self._source.tensors[magnitude.weight].shape[axis], magnitude.fold)
-        ratios, first = [], 0
-        for block in self._source.read_outputs(magnitude.weight, axis, PIECE_BYTES):
-            rows = magnitude.scale * b[first : first + len(block)]
-            before = (block.double() + rows @ a.double()).norm(dim=1)
-            after = (fold_weight(block.contiguous(), gain, 1).double() + rows @ new_a.double()).norm(dim=1)
-            ratios.append(torch.where(before > 0, after / before, 1.0))
-            first += len(block)
-        old = self._old(name)
-        return (old.double() * torch.cat(ratios).view_as(old)).to(old.dtype)
-
-    def _gain(self, length: int, fold: TensorFold) -> Gain:
-        return fold.gain(length, {use.norm: self._norm(use.norm) for use in fold.gains})
-
-    def _norm(self, name: str) -> Tensor:
-        if name not in self._norms:
-            self._norms[name] = self._source.read_tensor(name).flatten()
-        return self._norms[name]
+                yield self._values.value(name).contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
     def _dtype(self, name: str, info: TensorInfo, wider: str | None) -> str:
         """The dtype of a tensor in the new adapter."""

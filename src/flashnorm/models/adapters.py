@@ -9,7 +9,7 @@ outputs, or inputs that do not come from a folded norm).
 
 * The adapter's `base_model_name_or_path`, which PEFT takes from the model, says which model it was trained on. A model
   that was folded in memory has no checkpoint to name, so an ending is added to its name: its adapters are then not
-  mistaken for the source's.
+  mistaken for the source's. Where the base is a folder, the adapter's `revision` says which folds it had.
 * PEFT and Transformers offer no hook that could refuse an adapter, but both set the model's mode (`train`, `eval`)
   after they load an adapter and before they train it, so the check runs there. If the mode is not set, the folded norms
   notice the adapter: they run in every forward that is not fused, and a model with an adapter is never fused.
@@ -17,7 +17,6 @@ outputs, or inputs that do not come from a folded norm).
 
 import copy
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -29,7 +28,15 @@ from torch import nn
 
 from flashnorm.compat import peft
 from flashnorm.errors import InputError
-from flashnorm.format import ADAPTER_MARK, FOLDED_BASE, is_folded_base, other_folds
+from flashnorm.files.reader import read_json
+from flashnorm.format import (
+    ADAPTER_MARK,
+    CONFIG_FLAGS,
+    FOLDED_BASE,
+    base_revision,
+    names_folds,
+    other_folds,
+)
 from flashnorm.plan import FoldPlan
 from flashnorm.trace.build import on_meta
 
@@ -41,8 +48,8 @@ _TRIED = "tried"
 def adapter_refusal(adapter: Mapping[str, Any], model: str, folds_hash: str | None = None) -> str | None:
     """Why an adapter cannot be used with a folded model, or None if it can.
 
-    An adapter can be used if it was trained on this folded model, or if its config says that it was folded itself, for
-    the same folds.
+    An adapter can be used if it was trained on this folded model, or if its config says that it belongs to a folded
+    model, with the same folds.
 
     Args:
         adapter: the adapter's `adapter_config.json`.
@@ -55,15 +62,32 @@ def adapter_refusal(adapter: Mapping[str, Any], model: str, folds_hash: str | No
             f"expected an adapter for the folds of {model}, found one for other folds ({base!r}), as other options of "
             f"the conversion make them, or another model; convert it again with `--folded {model}`"
         )
-    if adapter.get(ADAPTER_MARK):
+    if adapter.get(ADAPTER_MARK) or (isinstance(base, str) and _same_place(base, model)):
         return None
-    if isinstance(base, str) and (is_folded_base(base) or _same_place(base, model)):
+    # The base was folded in memory, or its folder is elsewhere now. A folder that is there is another model.
+    if names_folds(adapter) and not os.path.isdir(str(base)):
         return None
     return (
         f"expected an adapter for {model}, found one for {base!r}; one that was trained on the model before its "
         "conversion gives wrong results here, as its inputs lack the norms' gains: convert it with `flashnorm adapter "
         f"ADAPTER {base or 'SOURCE'} OUT_ADAPTER`, or train the adapter on this model. If it was, set "
         f'"base_model_name_or_path" to "{model}" in its adapter_config.json, or end it with "{FOLDED_BASE}"'
+    )
+
+
+def of_ordinary_model(adapter: Mapping[str, Any], model: str) -> str | None:
+    """Why an adapter cannot be used with a model that is not folded, or None if it can.
+
+    Args:
+        adapter: the adapter's `adapter_config.json`.
+        model: the model's folder or hub id.
+    """
+    if not (adapter.get(ADAPTER_MARK) or names_folds(adapter)):
+        return None
+    return (
+        f"expected an adapter for {model}, which is not folded, found one for a folded model "
+        f"({adapter.get('base_model_name_or_path')!r}); use it with that model, or the adapter that it was converted "
+        f'from with this one. If {model} is folded, its config.json lacks "{CONFIG_FLAGS[0]}": true'
     )
 
 
@@ -84,17 +108,27 @@ def check_adapters(model: nn.Module) -> None:
         guard.check()
 
 
-def guard_adapters(model: nn.Module, plan: FoldPlan, norms: Iterable[str]) -> None:
+def guard_adapters(
+    model: nn.Module,
+    plan: FoldPlan,
+    norms: Iterable[str],
+    widest: FoldPlan,
+    folded_with_it: Mapping[str, Any] | None = None,
+) -> None:
     """Make a folded model refuse adapters that were trained before it was folded, or belong to other folds.
 
     Args:
         model: the folded model, in memory.
         plan: what was folded.
         norms: the folded norms' parameters, under all their names.
+        widest: what could be folded without any option that keeps norms.
+        folded_with_it: PEFT's configs of the adapters that were folded together with the model, by name.
     """
-    owners = [name.rpartition(".")[0] for name in norms]
-    linears = {linear.name.rpartition(".")[0] for fold in plan.folds for linear in fold.linears}
-    guard = _Guard(model, {*owners, *linears}, plan.folds_hash())
+    owners = [_owner(name) for name in norms]
+    folded = {*owners, *_linears(plan)}
+    foldable = {*folded, *_linears(widest), *map(_owner, widest.kept), *_embeddings(model)}
+    guard = _Guard(model, folded, foldable, plan.folds_hash())
+    guard.accept(folded_with_it or {})
     vars(model)["train"] = guard.train
     if hasattr(model, "load_adapter"):
         vars(model)["load_adapter"] = guard.load_adapter
@@ -109,12 +143,38 @@ def guard_adapters(model: nn.Module, plan: FoldPlan, norms: Iterable[str]) -> No
             norm.register_forward_pre_hook(guard)
 
 
-class _Guard:
-    """Checks the adapters of a model; replaces the model's `train` and `load_adapter`."""
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
-    def __init__(self, model: nn.Module, folded: set[str], folds_hash: str):
+
+def _linears(plan: FoldPlan) -> set[str]:
+    return {_owner(linear.name) for fold in plan.folds for linear in fold.linears}
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """The embedding and the output head: what folds into the head depends on whether they are tied."""
+    ends: list[nn.Module] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            ends.append(getattr(model, getter)())
+        except (AttributeError, NotImplementedError):  # a plain module, or a model of images or audio
+            continue
+    return {name for name, module in model.named_modules() if any(module is end for end in ends)}
+
+
+class _Guard:
+    """Checks the adapters of a model; replaces the model's `train` and `load_adapter`.
+
+    Args:
+        model: the folded model.
+        folded: paths of the modules that are folded: norms, and linear layers that took a gain.
+        foldable: those that other options of the conversion could fold as well.
+        folds_hash: the hash of the model's folds.
+    """
+
+    def __init__(self, model: nn.Module, folded: set[str], foldable: set[str], folds_hash: str):
         self._model: Any = model
-        self._folded, self._hash = folded, folds_hash
+        self._folded, self._foldable, self._hash = folded, foldable, folds_hash
         self._inner = getattr(model, "base_model_prefix", "")
         self._accepted: dict[str, Any] = {}
         self._said: Mapping[str, Any] | None = None  # the config's file of the adapter that is being loaded
@@ -126,6 +186,10 @@ class _Guard:
         copied = memo[id(self)] = copy.copy(self)
         copied._model, copied._accepted = memo[id(self._model)], {}
         return copied
+
+    def accept(self, configs: Mapping[str, Any]) -> None:
+        """Accept adapters that are known to be right, by their configs."""
+        self._accepted |= configs
 
     def __call__(self, *args: Any) -> None:
         """The check, as a hook that runs before a norm's forward."""
@@ -156,22 +220,34 @@ class _Guard:
         """Refuse an adapter before it is in the model: a copy without values shows which modules it would change."""
         from peft import inject_adapter_in_model
 
-        if not (refusal := self._refusal(config)):
+        if (refused := self._refusal(config)) is None:
             return
         memo: dict[int, Any] = {id(t): on_meta(t) for t in (*self._model.parameters(), *self._model.buffers())}
         blank = copy.deepcopy(self._model, memo)
         inject_adapter_in_model(copy.deepcopy(config), blank, _TRIED)
-        if self._reads_folded(blank, _TRIED, config):
+        refusal, modules = refused
+        if _changes(blank, _TRIED, config, modules):
             raise InputError(f"adapter: {refusal}")
 
     def check(self) -> None:
         """Raise `InputError` if the model has an adapter that would give wrong results."""
         for name, config in self._configs().items():
             if self._accepted.get(name) is not config:
-                refusal = self._refusal(config)
-                if refusal and self._reads_folded(self._model, name, config):
-                    raise InputError(f"adapter {name!r}: {refusal}")
+                if (refused := self._refusal(config)) is not None:
+                    refusal, modules = refused
+                    if _changes(self._model, name, config, modules):
+                        raise InputError(f"adapter {name!r}: {refusal}")
+                self._mark(config)
                 self._accepted[name] = config
+
+    def _mark(self, config: Any) -> None:
+        """Write into the config of an adapter that is trained here which folds the model has, for when it is saved."""
+        if not config.inference_mode and config.revision is None and config.base_model_name_or_path == self._name:
+            config.revision = base_revision(self._name, self._hash)
+
+    @property
+    def _name(self) -> str:
+        return getattr(self._model, "name_or_path", "") or type(self._model).__name__
 
     def _configs(self) -> Mapping[str, Any]:
         """PEFT's configs of the adapters in the model or, if it has none, in its base model (without the head)."""
@@ -181,22 +257,27 @@ class _Guard:
             found = None if inner is None else inner.__dict__.get("peft_config")
         return found or {}
 
-    def _refusal(self, config: Any) -> str | None:
+    def _refusal(self, config: Any) -> tuple[str, set[str]] | None:
+        """Why an adapter is refused, and the modules of which it must change one for that; None if it is right."""
         base = config.base_model_name_or_path
         if base is None and not config.inference_mode:  # a new adapter, made here to be trained
             return None
-        name = getattr(self._model, "name_or_path", "") or type(self._model).__name__
-        return adapter_refusal(self._said or {"base_model_name_or_path": base}, name, self._hash)
+        said = self._said or {"base_model_name_or_path": base, "revision": config.revision}
+        if (refusal := adapter_refusal(said, self._name, self._hash)) is None:
+            return None
+        # What other options have folded is not known, so the adapter may be wrong in any module that they can fold.
+        return refusal, self._foldable if other_folds(said, self._hash) else self._folded
 
-    def _reads_folded(self, model: Any, name: str, config: Any) -> bool:
-        """Whether an adapter changes a folded norm or a linear layer that took a gain (scaling its outputs is fine)."""
-        if getattr(config, "bias", "none") == "all":  # some biases may have taken a norm's bias
-            return True
-        return any(
-            peft.holds(wrapper, name) and getattr(wrapper, "is_feedforward", True)  # False: IA3 on outputs
-            for path in self._folded
-            for wrapper in peft.wrappers(model, path)
-        )
+
+def _changes(model: Any, name: str, config: Any, modules: Iterable[str]) -> bool:
+    """Whether an adapter changes one of some norms and linear layers (scaling a layer's outputs is fine)."""
+    if getattr(config, "bias", "none") == "all":  # some biases may have taken a norm's bias
+        return True
+    return any(
+        peft.holds(wrapper, name) and getattr(wrapper, "is_feedforward", True)  # False: IA3 on outputs
+        for path in modules
+        for wrapper in peft.wrappers(model, path)
+    )
 
 
 def _read_config(given: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any] | None]:
@@ -210,4 +291,5 @@ def _read_config(given: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any] | Non
     found = peft.config_file(str(given["peft_model_id"]), **(where | (given.get("adapter_kwargs") or {})))
     if found is None:
         return None, None
-    return PeftConfig.from_pretrained(os.path.dirname(found)), json.loads(Path(found).read_bytes())
+    said = read_json(Path(found))
+    return PeftConfig.from_pretrained(os.path.dirname(found)), said

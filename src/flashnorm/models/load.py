@@ -124,7 +124,7 @@ class Loading:
         base, folder = type(planned.model), planned.checkpoint.folder
         model = _load(folder, base, self.parameters, self.tensors, self.readable, **self.options, **options)
         mark_config(model.config, tensor_plan(plan, planned.stored.in_new_files()).norms)
-        guard_adapters(model, plan, self.parameters)
+        guard_adapters(model, plan, self.parameters, planned.plan)
         return model
 
 

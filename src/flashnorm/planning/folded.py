@@ -1,10 +1,13 @@
 """Whether a checkpoint is folded: its config says so, or all norms that can fold are absent or at identity."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from flashnorm.errors import InputError
-from flashnorm.files.reader import CONFIG_FILE, Checkpoint
-from flashnorm.format import CONFIG_KEY, is_marked, listed_norms
+from flashnorm.files.adapter import ADAPTER_CONFIG
+from flashnorm.files.reader import CONFIG_FILE, Checkpoint, read_json
+from flashnorm.format import ADAPTER_MARK, CONFIG_KEY, is_marked, listed_norms, names_folds
 from flashnorm.planning.tensors import TensorPlan
 
 _REMEDY = (
@@ -72,6 +75,31 @@ def trained_norms(checkpoint: Checkpoint, tensors: TensorPlan) -> list[str]:
     named = tensors.norms if listed is None else listed
     norms = {name: tensors.norms[name] for name in named if name in tensors.norms}
     return _trained(checkpoint, norms) if norms.keys() <= checkpoint.tensors.keys() else []
+
+
+def of_folded_model(adapter: Mapping[str, Any]) -> str | None:
+    """What shows that an adapter belongs to a folded model, in words; None if nothing does.
+
+    Args:
+        adapter: its adapter_config.json.
+
+    Raises:
+        InputError: the config of the folder that the adapter names as its base cannot be read.
+    """
+    if adapter.get(ADAPTER_MARK):
+        return "one that is converted already"
+    base = adapter.get("base_model_name_or_path")
+    config = Path(base) / CONFIG_FILE if isinstance(base, str) else None
+    if names_folds(adapter) or (config is not None and config.is_file() and is_marked(read_json(config))):
+        return f"one of a folded model ({base!r})"
+    return None
+
+
+def check_unconverted(adapter: Checkpoint) -> None:
+    """Refuse an adapter that belongs to a folded model already. Raises `InputError` if it does."""
+    if (found := of_folded_model(adapter.config)) is not None:
+        where = adapter.folder / ADAPTER_CONFIG
+        raise InputError(f"{where}: expected an adapter of an ordinary model, found {found}; use it as it is")
 
 
 def _trained(checkpoint: Checkpoint, norms: Mapping[str, float]) -> list[str]:

@@ -20,10 +20,11 @@ from rich.text import Text
 from flashnorm.errors import InputError
 from flashnorm.files.adapter import ADAPTER_CONFIG, open_adapter
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint
-from flashnorm.format import ADAPTER_MARK, ADAPTER_PLAN, MANIFEST_FILE
+from flashnorm.format import ADAPTER_MARK, ADAPTER_PLAN, MANIFEST_FILE, other_folds
 from flashnorm.hub import local_folder
 from flashnorm.planning.adapter import AdapterPlan, Constant, Magnitude, SavedBias, plan_adapter
 from flashnorm.planning.as_folded import plan_as_folded
+from flashnorm.planning.folded import check_unconverted
 from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.planning.tensors import ShiftUse, TensorFold
 from flashnorm.verify.adapter_outputs import AdapterOutputs, compare_with_adapters
@@ -142,6 +143,7 @@ def verify_adapter(
         text = read_text(text)
     original, result = Checkpoint.open(local_folder(model, revision, subfolder)), Checkpoint.open(out)
     before, after = open_adapter(local_folder(adapter)), open_adapter(out_adapter)
+    check_unconverted(before)
     folded = result.config, result.folder / CONFIG_FILE
     planned = plan_as_folded(original, folded, trust_remote_code=trust_remote_code)
     plan = plan_adapter(before, planned)
@@ -333,7 +335,11 @@ class _Check:
         for key in sorted((before.keys() | after.keys()) - changes):
             if before.get(key) != after.get(key):
                 self._wrong("config", f"{ADAPTER_CONFIG}: {key}", f"is {after.get(key)!r}, was {before.get(key)!r}")
-        wanted = {ADAPTER_MARK: True, ADAPTER_PLAN: self._planned.plan.folds_hash()}
+        folds_hash = self._planned.plan.folds_hash()
+        if other_folds(after | {ADAPTER_PLAN: None}, folds_hash):
+            named = [after.get("base_model_name_or_path"), after.get("revision")]
+            self._wrong("config", f"{ADAPTER_CONFIG}: base_model_name_or_path, revision", f"are {named}: other folds")
+        wanted = {ADAPTER_MARK: True, ADAPTER_PLAN: folds_hash}
         wanted |= {"lora_bias": True} if self._plan.constants else {}
         for key, value in wanted.items():
             if after.get(key) != value:

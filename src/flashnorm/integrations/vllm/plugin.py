@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import logging
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,12 +14,12 @@ from torch import nn
 from flashnorm.compat import vllm
 from flashnorm.compat.arguments import bound
 from flashnorm.errors import InputError
-from flashnorm.files.reader import CONFIG_FILE, Checkpoint
+from flashnorm.files.reader import CONFIG_FILE, Checkpoint, read_json
 from flashnorm.format import CONFIG_FLAGS, CONFIG_KEY, is_marked, listed_norms
 from flashnorm.integrations.vllm.files import check_complete, folded_norms, open_files, planned
 from flashnorm.integrations.vllm.norms import make_weightless
 from flashnorm.integrations.vllm.rules import differs, refusal, unsupported, without_folded
-from flashnorm.models.adapters import adapter_refusal
+from flashnorm.models.adapters import adapter_refusal, of_ordinary_model
 from flashnorm.plan import Kept
 from flashnorm.planning.checks import quantizations
 from flashnorm.planning.planned import PlannedCheckpoint
@@ -112,6 +111,8 @@ def _with_weightless_norms(original: Callable[..., nn.Module]) -> Callable[..., 
             _say_once(f"{original.__name__} is given {', '.join(unknown)}")
             return model
         _BUILT[model] = built
+        if getattr(built.vllm_config, "lora_config", None) is not None and vllm.LOAD_ADAPTER.lacks() is None:
+            _wrap(vllm.LOAD_ADAPTER, _with_adapter_check)
         if marked:
             checkpoint = open_files(built.vllm_config.load_config, built.model_config)
             listed, plan = _listed(built.model_config), None
@@ -214,7 +215,6 @@ def _fold(
         if (why := _differs(vllm.LOAD_ADAPTER.lacks())) is not None:
             raise InputError(f"{built.model_config.model}: a FlashNorm checkpoint: {why}")
         built.folds_hash = _folds_hash(norms, built, checkpoint, plan)
-        _wrap(vllm.LOAD_ADAPTER, _with_adapter_check)
     _log.info("FlashNorm: %d norms of %s have no weight", len(built.norms), built.model_config.model)
 
 
@@ -234,20 +234,30 @@ def _folds_hash(
 
 
 def _with_adapter_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around the loading of a LoRA adapter: refuse an adapter that was trained on the model before its conversion."""
+    """Around the loading of a LoRA adapter: refuse an adapter that was trained on the model before its conversion.
+
+    The other way round as well: one that belongs to a folded model, on a model that is not folded.
+    """
 
     def load_adapter(*args: Any, **kwargs: Any) -> Any:
         given, unknown = bound(original, vllm.LOAD_ADAPTER.parameters, args, kwargs)
         built = _BUILT.get(vllm.base_of_adapters(given["self"]))
-        if built is not None and built.norms:
-            if unknown:
+        if built is not None:
+            if unknown and built.norms:
                 raise _not_understood(built.model_config.model, original.__name__, unknown)
             path = vllm.adapter_folder(given["lora_request"]) / "adapter_config.json"
-            if path.is_file():
-                said = json.loads(path.read_text(encoding="utf-8"))
-                why = adapter_refusal(said, built.model_config.model, built.folds_hash)
-                if why is not None:
-                    raise InputError(f"{path}: {why}")
+            if path.is_file() and (why := _adapter_refusal(built, read_json(path))):
+                raise InputError(f"{path}: {why}")
         return original(*args, **kwargs)
 
     return load_adapter
+
+
+def _adapter_refusal(built: _Built, adapter: dict[str, Any]) -> str | None:
+    """Why a model refuses an adapter, given its adapter_config.json; None if it does not."""
+    model = built.model_config.model
+    if built.norms:
+        return adapter_refusal(adapter, model, built.folds_hash)
+    if _is_marked(built.model_config):  # a quantised model of another tool, whose norms are at their identity value
+        return None
+    return of_ordinary_model(adapter, model)
