@@ -393,29 +393,87 @@ def _verify_adapter(
 @app.command(cls=_Command)
 def generate(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A FlashNorm checkpoint: a folder or a hub id.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens at most.")] = 100,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; `-`: from standard input.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Take the text from this UTF-8 file.")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Answer as the model's chat template asks; without a text, message by message."),
+    ] = False,
+    system_prompt: Annotated[str | None, typer.Option("--system-prompt", help="What a chat begins with.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="How many tokens at most, in each answer.")
+    ] = 100,
+    temp: Annotated[
+        float, typer.Option("--temp", min=0, help="The temperature to draw tokens with; 0 takes the likeliest.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0, max=1, help="Draw among tokens of this probability together.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=0, help="Draw among so many of the likeliest tokens; 0: among all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the random numbers.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop after this text (may be repeated).")] = None,
     revision: Revision = None,
     subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue a text by greedy decoding, and print it as it is generated."""
-    from transformers import TextStreamer
-
+    """Continue a text, or answer in a chat, and print it as it is generated. How fast it was is said at the end."""
     from flashnorm.models.load import load, load_tokenizer
     from flashnorm.models.status import status
+    from flashnorm.models.writing import Choice, Writer
 
+    if system_prompt is not None and not chat:
+        raise InputError("expected --chat with --system-prompt, found none")
+    choice, text = Choice(temp, top_p, top_k, seed), _text_from(prompt, file, wanted=not chat)
     with _remarks():
         model: Any = load(out, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
     if (runs := status(model)).generate is not None:
         print(f"flashnorm: the model runs {runs.in_words}", file=sys.stderr)
     tokenizer = load_tokenizer(out, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
-        raise InputError(f"expected a prompt of at least one token, found {prompt!r}")
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    with _remarks():
-        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    writer = Writer(model, tokenizer, choice, max_new_tokens, stop or ())
+    if not chat:
+        assert text is not None
+        with _remarks():
+            print(f"flashnorm: {writer.continue_text(text)}", file=sys.stderr)
+        return
+    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    for said in _asked() if text is None else [text]:
+        messages.append({"role": "user", "content": said})
+        with _remarks():
+            written = writer.answer(messages)
+        print(f"flashnorm: {written}", file=sys.stderr)
+        messages.append({"role": "assistant", "content": written.text})
+
+
+def _text_from(prompt: str | None, file: Path | None, *, wanted: bool) -> str | None:
+    """The text to continue or to answer: an argument, a file, or standard input; None to ask at the terminal."""
+    if prompt is not None and file is not None:
+        raise InputError("expected either PROMPT or --file, found both")
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and file is None and sys.stdin.isatty():
+        if wanted:
+            raise InputError("expected a PROMPT, --file or a text on standard input, found none")
+        return None
+    try:
+        with open(sys.stdin.fileno() if file is None else file, encoding="utf-8") as stream:
+            return stream.read().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        place = "standard input" if file is None else file
+        raise InputError(f"{place}: expected a UTF-8 text, found none that can be read ({error})") from error
+
+
+def _asked() -> Iterator[str]:
+    """Messages from the terminal, until it ends (Ctrl-D)."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, so that a line can be edited
+    with contextlib.suppress(EOFError):
+        while True:
+            if said := input("> ").strip():
+                yield said
 
 
 @app.command("status", cls=_Command)
