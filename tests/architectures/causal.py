@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from architectures.configs import VOCABULARY, tiny_config
+from architectures.configs import LEFT_OUT, VOCABULARY, tiny_config
 from flashnorm.trace.build import model_class
 
 LARGEST = 60_000_000  # parameters; more is not tiny, and takes too long
@@ -25,6 +25,8 @@ def model_types() -> list[str]:
 
 def build(model_type: str) -> PreTrainedModel:
     """A tiny model of a type, see `random_model`. Raises whatever the type's classes raise."""
+    if model_type in LEFT_OUT:
+        raise ValueError(LEFT_OUT[model_type])
     config = tiny_config(model_type)
     return random_model(model_class(config), config)
 

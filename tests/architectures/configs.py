@@ -74,6 +74,12 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 _EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320}
 
+# Types that are not examined.
+LEFT_OUT = {
+    "encodec": "an LSTM, whose steps are traced one by one, takes minutes; it has no norms by default",
+    "gemma3n": "its proof takes more than a quarter of an hour",
+    "vibevoice": "its proof takes more than 10 GB",
+}
 # Types whose own config holds more than the language model -> the type of that part.
 PARTS = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
 # Type, also of a nested config -> fields that the rules above do not know or get wrong. Lists of layers come together.
@@ -241,6 +247,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     **{name: {"quantization_dim": 2 * HIDDEN, "num_key_value_heads": HEADS} for name in ("neucodec", "xcodec2")},
     "nemotron_asr_streaming_encoder": {"max_position_embeddings": 64},
     "nemotron3_5_asr_encoder": {"max_position_embeddings": 64},
+    "oneformer": {"conv_dim": HIDDEN, "mask_dim": HIDDEN},  # projections between other sizes are in no list of modules
     "perception_lm": {"vision_config": {"model_args": {"embed_dim": 64}}},
     "pi0": {"vlm_config": {"projection_dim": HIDDEN}},
     **{name: {"d_kv": HEAD_SIZE} for name in ("pix2struct_text_model", "pix2struct_vision_model")},

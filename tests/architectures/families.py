@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from architectures.causal import TooLargeError, random_model
-from architectures.configs import PARTS, VOCABULARY, shrunk
+from architectures.configs import LEFT_OUT, PARTS, VOCABULARY, shrunk
 from flashnorm.trace.inputs import ExampleCall, example_calls
 from flashnorm.trace.tracer import _tensors_in
 
@@ -69,11 +69,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layers": [-1, -2]},
 }
 
-# Types that are not examined.
-LEFT_OUT = {
-    "encodec": "an LSTM, whose steps are traced one by one, takes minutes; it has no norms by default",
-    "vibevoice": "its proof takes more than 10 GB",
-}
 # Widths that are in no table are divided until the model is small enough; of these types more, as other sizes want it.
 DIVISORS = dict.fromkeys(
     ["edgetam", "sam2", "sam2_hiera_det_model", "sam2_vision_model", "sam3", "sam3_lite_text", "sam3_tracker"], 4
@@ -176,9 +171,9 @@ def runs(model: PreTrainedModel, seed: int = 1) -> list[tuple[str, Any]]:
     Raises:
         Exception: the forward does not work with any of its inputs.
     """
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
-            part.set_experts_implementation("eager")  # the grouped kernels have no float64
+    for part in model.modules():  # a layer may have a config of its own
+        if getattr(config := getattr(part, "config", None), "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # the grouped kernels have no float64
     done: list[tuple[str, Any]] = []
     first, *others = example_calls(model)
     done.append((first.method, _first_that_works(model, first, seed)[1]))

@@ -7,7 +7,9 @@
 * Random `L` and inputs give twice as many equations as there are slices that could take the gain. If least squares
   over all of them leaves a residual, then no set of them works, whatever the code of the model looks like.
 * If nothing is left, the slices of a solution in zeros and ones take the gain for real, and the outputs are compared.
-  If there is none, the same with minus ones: those slices are divided by the gain.
+  If there is none, the same with minus ones: those slices are divided by the gain. If those change the outputs as
+  well, the slices take the gain's magnitudes, and its signs stay: a ReLU passes positive numbers only, and a plan is
+  made without knowing the signs.
 * What a choice is made from (`topk` of scores) counts as an output: the choice itself has no derivative. A fold leaves
   it as it is, too; of a norm on which nothing but choices depends, it is all that there is to see.
 
@@ -60,8 +62,8 @@ class Proof:
     Attributes:
         norm: the norm's weight.
         verdict: "impossible" (no weights can take the gain), "possible" (`into` took it, and the outputs are the same),
-            "possible by division" (the same, with `divided` divided by it), "no effect" (no output depends on it) or
-            "undecided".
+            "possible by division" (the same, with `divided` divided by it), "possible up to signs" (the same, with the
+            gain's magnitudes), "no effect" (no output depends on it) or "undecided".
         residual: what least squares leaves of the gain's sensitivity, relative to it.
         into: the weights that took the gain, if possible.
         divided: the weights that were divided by it.
@@ -360,7 +362,7 @@ class _Equations:
     def judge(self, norm: str) -> Proof:
         """The verdict for a norm: impossible only if no form of its gain has a solution."""
         sides = self._sides(norm)
-        if all(side.norm() <= self._negligible for side in sides.values()):
+        if all(side.norm() <= self._negligible for symmetry, side in sides.items() if symmetry.bias is None):
             return Proof(norm, "no effect")
         residuals = {symmetry: float(self._space.rest(side).norm() / side.norm()) for symmetry, side in sides.items()}
         smallest = min(residuals.values())
@@ -369,11 +371,15 @@ class _Equations:
         if smallest > SOLUTION:
             return Proof(norm, "undecided", smallest, note="neither a solution nor none")
         tried = 0
-        for factors, verdict in (((0.0, 1.0), "possible"), ((0.0, 1.0, -1.0), "possible by division")):
+        for factors, verdict, signed in (
+            ((0.0, 1.0), "possible", True),
+            ((0.0, 1.0, -1.0), "possible by division", True),
+            ((0.0, 1.0, -1.0), "possible up to signs", False),
+        ):
             for symmetry, residual in residuals.items():
                 for into, divided in self._choices(sides[symmetry], factors) if residual <= SOLUTION else ():
                     tried += 1
-                    if self._folds(norm, symmetry, into, divided):
+                    if self._folds(norm, symmetry, into, divided, signed):
                         return Proof(norm, verdict, residual, into, divided, note=str(symmetry))
         return Proof(norm, "undecided", smallest, note=f"{tried} solutions with factors of one, all change the outputs")
 
@@ -436,11 +442,14 @@ class _Equations:
             if into is not None and divided is not None:
                 yield into, divided
 
-    def _folds(self, norm: str, symmetry: _Symmetry, into: Sequence[Linear], divided: Sequence[Linear]) -> bool:
-        """Fold for real, and compare."""
+    def _folds(
+        self, norm: str, symmetry: _Symmetry, into: Sequence[Linear], divided: Sequence[Linear], signed: bool
+    ) -> bool:
+        """Fold for real, and compare; the gain, or its magnitudes only."""
         parameters = self._parameters
-        gain = symmetry.offset + parameters[norm].detach()
-        values = {norm: torch.full_like(gain, 1.0 - symmetry.offset)}
+        whole = symmetry.offset + parameters[norm].detach()
+        gain = whole if signed else whole.abs()
+        values = {norm: whole / gain - symmetry.offset}
         if symmetry.bias is not None:
             values[symmetry.bias] = parameters[symmetry.bias].detach() / gain
         for linears, taken in ((into, gain.flatten()), (divided, 1 / gain.flatten())):

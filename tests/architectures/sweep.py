@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -45,19 +46,20 @@ MOST_MEMORY = 10 << 30  # bytes of one process, and of its address space
 TOLERANCE = 1e-10  # relative to the largest output
 SAME_MODEL = 1e-3  # constants that are no weights may be made in float32 when a model is loaded
 EXACT, NOTHING, GAP, WRONG, NOT_BUILT = STATUSES = ("exact", "nothing folds", "gap", "WRONG", "not built")
-PROVEN = ("impossible", "no effect", "possible by division")
+PROVEN = ("impossible", "no effect", "possible by division", "possible up to signs")
 
 EXPLANATION = """\
 A tiny model of every model type that Transformers has, with random weights, gains far from one:
 
 * *norms* that it has, *folded* by the plan; those *kept*, why, and how many of them are *proven* by numbers to be
-  impossible: no weights of the model can take the gain, whatever its code looks like (`tests/architectures/proof.py`).
+  impossible: no weights of the model can take the gain (or only a positive one, where a ReLU is between), whatever its
+  code looks like (`tests/architectures/proof.py`).
 * *checkpoint forms* that were converted, verified bit for bit, and loaded by `flashnorm.load` and by plain
   Transformers: without the norms' weights, with them *kept* at the identity, with the output head *untied*.
 * *error*: the largest difference of any output from the source's, in float64, relative to the largest output; over all
   of these and the model folded in memory. 1e-10 is the limit.
 * *exact*: all of that holds. *nothing folds*: no norm has weights that could take its gain. *gap*: something is left to
-  do, see the note. *not built*: Transformers could not build or run the tiny model.
+  do, see the note. *not built*: Transformers could not build and run the tiny model, or save and load it.
 """
 
 FULL_SIZE = "## Published models at full size"
@@ -67,6 +69,10 @@ others stay, and how many weights take a gain; the norms of vision and audio tow
 EPYC), to build the model without weights and to plan it. `tests/architectures/test_published.py` derives the counts,
 and holds the number of parameters against the published size.
 """
+
+
+class NotLoadedError(ValueError):
+    """Transformers does not load the source's checkpoint, so that there is nothing to compare with."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +149,17 @@ def examine(name: str, model_type: str) -> Row:
     """Everything about one model type of a family. Never raises; the row says what went wrong."""
     family = FAMILIES[name]
     _quiet()
+    # The model in memory is planned, and folded at the end. Nothing changes it between, so that it is traced once. That
+    # is before it runs, as a run may leave constants in the modules.
+    trace_of = cache(trace)
     try:
         model = family.build(model_type)
+        with suppress(Exception):
+            trace_of(model)
         before = outputs(family, model)
     except Exception as error:
         return Row(model_type, note=_what(error))
     row = Row(model_type, status=GAP)
-    # The model in memory is planned, and folded at the end. Nothing changes it between, so that it is traced once.
-    trace_of = cache(trace)
     try:
         with patch("flashnorm.planning.planned.trace", trace_of):
             plan = flashnorm.plan(model)
@@ -169,7 +178,8 @@ def examine(name: str, model_type: str) -> Row:
                 folded = flashnorm.fold_(model)
             error = max(error, difference(before, outputs(family, folded)))
     except Exception as problem:
-        return replace(row, note=_what(problem))
+        status = NOT_BUILT if isinstance(problem, NotLoadedError) else GAP
+        return replace(row, status=status, note=_what(problem))
     row = replace(row, forms=tuple(forms), error=error if forms else None)
     if not error <= TOLERANCE:
         return replace(row, status=WRONG)
@@ -203,12 +213,17 @@ def _round_trips(family: Family, model: PreTrainedModel, plan: FoldPlan, in_memo
     if any(kept.kind is Kind.TIED for kept in plan.kept.values()):
         forms["untied"] = {"untie": True}
     largest = 0.0
+    if not forms:
+        return [], largest  # there is nothing to convert
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
         model.save_pretrained(source)
-        before = outputs(family, type(model).from_pretrained(source, dtype=torch.float64).double())
+        try:
+            before = outputs(family, loaded(type(model).from_pretrained, source))
+        except Exception as error:
+            raise NotLoadedError(f"transformers does not load what it saved: {brief(error)}") from error
         if not difference(in_memory, before) <= SAME_MODEL:
-            raise ValueError("transformers loads another model than it saved")
+            raise NotLoadedError("transformers loads another model than it saved")
         for form, options in list(forms.items()):
             target = Path(scratch) / form
             try:
@@ -223,9 +238,15 @@ def _round_trips(family: Family, model: PreTrainedModel, plan: FoldPlan, in_memo
             if not (report.ok and alone.ok):
                 raise ValueError(f"{form}: {alone if report.ok else report}")
             for load in (flashnorm.load, type(model).from_pretrained):
-                found = outputs(family, load(target, dtype=torch.float64).double())
+                found = outputs(family, loaded(load, target))
                 largest = max(largest, difference(before, found))
     return list(forms), largest
+
+
+def loaded(load: Callable[..., PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """The model in float64, also those parts that its class makes float32."""
+    with float64_everywhere():
+        return load(folder, dtype=torch.float64).double()
 
 
 def outputs(family: Family, model: PreTrainedModel) -> Tensor:

@@ -166,6 +166,38 @@ def test_no_effect() -> None:
     assert judge(lambda toy, y, x: x @ toy.a, a=(CHANNELS, 5)).verdict == "no effect"
 
 
+class OnZeros(nn.Module):
+    """A norm of zeros, of which only the bias is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, 5)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(torch.zeros_like(x)) + x)
+
+
+def test_a_gain_of_zeros_has_no_effect_whatever_its_bias_does() -> None:
+    kept = FoldPlan("zeros", kept={"norm.weight": Kept("to be seen")})
+    proof = prove(OnZeros(), kept, lambda model, seed: model(torch.ones(7, CHANNELS).double()))["norm.weight"]  # type: ignore[arg-type]
+    assert proof.verdict == "no effect"
+
+
+def test_what_passes_positive_numbers_only_takes_magnitudes() -> None:
+    proof = judge(lambda toy, y, x: y.relu() @ toy.a, a=(CHANNELS, 5))
+    assert proof.verdict == "possible up to signs"
+    assert proof.into == (Linear("a", 0),)
+
+
+def test_magnitudes_alone_are_no_excuse() -> None:
+    assert judge(lambda toy, y, x: y.relu() @ toy.a - (-y).relu() @ toy.a, a=(CHANNELS, 5)).verdict == "possible"
+    assert judge(lambda toy, y, x: y.relu() + x @ toy.a, a=(CHANNELS, CHANNELS)).verdict == "impossible"
+
+
 @pytest.mark.parametrize("hide", [lambda y: y, Tensor.detach, torch.no_grad()(lambda y: y * 1)])
 def test_choices_are_seen(hide: Callable[[Tensor], Tensor]) -> None:
     def chosen(toy: Toy, y: Tensor, x: Tensor) -> Tensor:

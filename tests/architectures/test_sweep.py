@@ -27,7 +27,7 @@ SAMPLE = CAUSAL[::3] + [pair for pair in TYPES if pair not in CAUSAL][::10]
 # Each of these takes more than half a minute, and the first one twenty minutes.
 LONG = {
     *("apertus1p5", "florence2", "cvt", "glm5_next", "idefics2", "muse_spark", "neucodec", "qwen4_exp", "vjepa2"),
-    *("xclip", "zaya"),
+    *("xclip", "zaya", "dia", "edgetam"),
 }
 EXAMINED = [pair for pair in SAMPLE if pair[1] not in LONG]
 
@@ -49,7 +49,7 @@ def test_the_table_says_what_is_found(name: str, model_type: str) -> None:
     if COMMITTED[name].made_with.get(model_type) != sweep.MADE_WITH:
         return
     expected = list(COMMITTED[name].rows[model_type])
-    if row.status == sweep.NOT_BUILT != expected[sweep.STATUS] and row.note.startswith(MISSING_LIBRARY):
+    if found != expected and row.status == sweep.NOT_BUILT and row.note.startswith(MISSING_LIBRARY):
         pytest.skip(row.note)  # timm, say, which the table was made with
     for cells in (found, expected):
         cells[sweep.ERROR] = ""  # differs between machines, up to the limit that makes a type wrong

@@ -54,15 +54,16 @@ def dequantising(config: PretrainedConfig) -> Any | None:
 def plain_operators(model: nn.Module) -> Iterator[None]:
     """Make attention and experts of plain operators in the block, in a Transformers model and the models within it.
 
-    This is set in each config, because `set_attn_implementation` would require packages or devices.
+    This is set in each config, because `set_attn_implementation` would require packages or devices. Layers may have
+    configs of their own.
     """
     settings: list[tuple[Any, str, Any]] = []
     for module in model.modules() if isinstance(model, PreTrainedModel) else ():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
             for attribute, value in (("_attn_implementation", "eager"), ("_experts_implementation", "batched_mm")):
-                if (old := getattr(module.config, attribute, None)) is not None:
-                    settings.append((module.config, attribute, old))
-                    setattr(module.config, attribute, value)
+                if (old := getattr(config, attribute, None)) not in (None, value):
+                    settings.append((config, attribute, old))
+                    setattr(config, attribute, value)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from flashnorm.compat.torch import tree_map
 from flashnorm.compat.transformers import plain_operators
 from flashnorm.errors import InputError, brief
 from flashnorm.plan import FoldPlan, Kept
-from flashnorm.trace.inputs import Arguments, ExampleCall, MixedDevices, example_calls
+from flashnorm.trace.inputs import Arguments, ExampleCall, ListsOfItems, MixedDevices, example_calls
 from flashnorm.trace.meta_copy import meta_copy
 from flashnorm.trace.records import Use, unknown
 from flashnorm.trace.rules import GUESSES
@@ -74,7 +74,7 @@ def _traced(model: nn.Module, calls: Callable[[nn.Module, Tracer], Any]) -> tupl
     tracer = Tracer(model, dict(model.named_parameters()))
 
     def run() -> Any:
-        with MixedDevices(bool(tracer.guess.number), tracer.note_guess, stand_ins):
+        with ListsOfItems(), MixedDevices(bool(tracer.guess.number), tracer.note_guess, stand_ins):
             return calls(model, tracer)
 
     first: Exception | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashnorm.compat.torch import TorchDispatchMode, is_mutable, memory_of, note_reads, tree_leaves
 from flashnorm.plan import Kept, Kind
 from flashnorm.trace.records import Records, unknown
-from flashnorm.trace.rules import ANSWERS, GUESSES, Call, propagate
+from flashnorm.trace.rules import ANSWERS, GUESSES, Call, fitting_sizes, propagate
 from flashnorm.trace.values import PLAIN, Value, View
 
 _OUTPUT = Kept("it is an output of the model", kind=Kind.STOPPED)
@@ -67,6 +67,8 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.guessed:
+            args = fitting_sizes(func, args)
         answer = ANSWERS.get(func.overloadpacket)
         if answer is None:
             out = func(*args, **kwargs)

@@ -57,6 +57,26 @@ def test_a_call_whose_inputs_are_not_known_leaves_the_text_alone(monkeypatch: py
     assert all("language_model" in fold.norm for fold in plan.folds)
 
 
+def test_a_call_that_hands_on_whatever_it_gets_has_the_inputs_of_the_base_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("image-text-to-text", "llava")
+    whole = flashnorm.plan(model)
+    handed_on = type(model.base_model).get_image_features
+    monkeypatch.setattr(
+        type(model), "get_image_features", lambda self, *args, **kwargs: handed_on(self.model, *args, **kwargs)
+    )
+    assert flashnorm.plan(model) == whole
+
+
+def test_embeddings_in_the_place_of_an_image_are_left_out_where_they_do_not_fit() -> None:
+    forward = example_calls(build("plain", "rt_detr"))[0]
+    with_embeddings = ["inputs_embeds" in arguments for arguments in forward.alternatives]
+    assert with_embeddings[0]
+    assert not all(with_embeddings)
+    assert flashnorm.plan(build("plain", "rt_detr")).folds
+
+
 def test_inputs_that_are_given_are_the_only_ones() -> None:
     ids = torch.zeros(1, 5, dtype=torch.long)
     plan = flashnorm.plan(build("image-text-to-text", "llava"), (ids,))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import flashnorm
-from flashnorm.trace.inputs import MixedDevices
+from flashnorm.trace.inputs import ListsOfItems, MixedDevices
 from flashnorm.trace.tracer import Tracer
 
 META = torch.device("meta")
@@ -198,3 +198,44 @@ class HoldsOn(nn.Module):
 def test_parameters_of_the_original_are_those_of_the_copy() -> None:
     plan = flashnorm.plan(HoldsOn(), (torch.zeros(2, 6),))
     assert "another use than as a gain" in plan.kept["norm.weight"].reason
+
+
+# --- lists, and sizes that are made from answers
+
+
+class Routed(nn.Module):
+    """A gain whose activation goes to experts, as many tokens to each as a list of the router's counts says."""
+
+    def __init__(self, unequal: bool = False) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.router = nn.Linear(4, 3, bias=False)
+        self.experts = nn.Parameter(torch.ones(3, 4, 4))
+        self.unequal = unequal
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised = torch.nn.functional.rms_norm(x, (4,)) * self.gain
+        expert = self.router(normalised).argmax(-1, keepdim=True)
+        counts = torch.zeros(len(x), 3, dtype=torch.long).scatter(1, expert, 1).sum(0).tolist()
+        pieces = normalised.split(counts)
+        outputs = [piece @ self.experts[i].T for i, piece in enumerate(pieces)]
+        return torch.cat([*outputs, pieces[0]] if self.unequal else outputs)
+
+
+def test_pieces_whose_sizes_a_list_says_carry_the_gain() -> None:
+    (fold,) = flashnorm.plan(Routed(), example_inputs=(torch.ones(7, 4),)).folds
+    assert [linear.name for linear in fold.linears] == ["router.weight", "experts"]
+
+
+def test_a_piece_that_is_an_output_stops_the_gain() -> None:
+    plan = flashnorm.plan(Routed(unequal=True), example_inputs=(torch.ones(7, 4),))
+    assert not plan.folds
+    assert plan.kept["gain"].reason == "it is an output of the model"
+
+
+def test_a_list_of_certain_numbers_is_no_question(asked: list[str], guessing: None) -> None:
+    with ListsOfItems():
+        assert torch.tensor([[1, 2], [3, 4]]).to(META).tolist() == [[1, 2], [3, 4]]
+        with pytest.raises(RuntimeError):
+            unknown(2).tolist()  # without a tracer nobody answers
+    assert not asked

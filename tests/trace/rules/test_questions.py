@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashnorm.trace.rules import GUESSES, Guess
+from flashnorm.trace.rules import GUESSES, Guess, fitting_sizes
 from flashnorm.trace.tracer import Tracer
 
 META = torch.device("meta")
@@ -48,3 +48,11 @@ def test_hits() -> None:
 def test_each_truth_and_both_kinds_of_hits_are_tried() -> None:
     assert {bool(guess.number) for guess in GUESSES} == {True, False}
     assert {guess.all_hits for guess in GUESSES} == {True, False}
+
+
+def test_sizes_that_do_not_fit_are_replaced_by_as_many_that_do() -> None:
+    split, tensor = torch.ops.aten.split_with_sizes.default, torch.empty(7, 5, device=META)
+    assert fitting_sizes(split, (tensor, [1, 1, 1]))[1] == [3, 2, 2]
+    assert fitting_sizes(split, (tensor, [2**31 - 1, 0], 1))[1:] == ([3, 2], 1)
+    assert fitting_sizes(split, (tensor, [6, 1]))[1] == [6, 1]
+    assert fitting_sizes(torch.ops.aten.add.Tensor, (tensor, tensor)) == (tensor, tensor)

@@ -2,6 +2,6 @@
 
 from flashnorm.trace.inputs.calls import ExampleCall, example_calls
 from flashnorm.trace.inputs.layouts import Arguments
-from flashnorm.trace.inputs.numbers import MixedDevices
+from flashnorm.trace.inputs.numbers import ListsOfItems, MixedDevices
 
-__all__ = ["Arguments", "ExampleCall", "MixedDevices", "example_calls"]
+__all__ = ["Arguments", "ExampleCall", "ListsOfItems", "MixedDevices", "example_calls"]

@@ -73,7 +73,7 @@ def example_calls(model: nn.Module) -> list[ExampleCall]:
         )
     methods = [name for name in dir(type(model)) if _FEATURES.fullmatch(name)]
     calls = [ExampleCall("forward", (*least, *most))]
-    calls += [ExampleCall(name, tuple(_alternatives(getattr(model, name), kinds))) for name in methods]
+    calls += [ExampleCall(name, tuple(_alternatives(_described(model, name), kinds))) for name in methods]
     shown = {"text", *needs, *(name.split("_")[1] for name in methods)}
     given = {*most[0]} - {"input_ids"} if most else set()
     hidden = {kind for kind in kinds if any(given & {*one.tensors} for one in kinds[kind])} - shown
@@ -81,6 +81,15 @@ def example_calls(model: nn.Module) -> list[ExampleCall]:
         # No other call shows what the forward does with inputs of these kinds (cross-attention, say).
         calls.append(ExampleCall("forward", tuple(forwards({*needs, *hidden}))))
     return calls
+
+
+def _described(model: PreTrainedModel, name: str) -> Callable[..., Any]:
+    """The method that names its parameters: that of the base model, if the model's own hands on whatever it gets."""
+    method = getattr(model, name)
+    anything = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if {parameter.kind for parameter in inspect.signature(method).parameters.values()} == anything:
+        return getattr(model.base_model, name, method)
+    return method
 
 
 def _required(method: Callable[..., Any]) -> set[str]:
@@ -106,7 +115,9 @@ def _alternatives(method: Callable[..., Any], kinds: Mapping[str, Sequence[Layou
             spares = one.spare.keys() - ({"attention_mask"} if kind != "text" and "input_ids" in names else set())
             for spare in (required, names, spares if open_ended and kind != "text" else ()):
                 fitting.append(given | {name: one.spare[name] for name in one.spare if name in spares & {*spare}})
-        options.append(fitting or [{}])
+        # Without token ids, embeddings may stand for something else (an image's features, say).
+        optional = kind == "text" and "input_ids" not in names
+        options.append([*fitting, {}] if optional or not fitting else fitting)
     found: dict[frozenset[tuple[str, int]], Arguments] = {}
     for parts in itertools.islice(itertools.product(*options), _MOST_ALTERNATIVES * 8):
         arguments = {name: tensor for part in parts for name, tensor in part.items()}

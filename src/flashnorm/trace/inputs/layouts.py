@@ -199,6 +199,7 @@ def _audios(config: PretrainedConfig) -> list[Layout]:
     names = ("input_features_mask", "feature_attention_mask", "padding_mask", "attention_mask")
     masks = {name: _ones(_BATCH, frames, dtype=torch.bool) for name in names}
     lengths = {"audio_feature_lengths": _each(frames)[:, 0]}
+    lengths["chunk_sample_lengths"] = lengths["audio_feature_lengths"] * sizes.number("hop_length", 160)
     by_channel, by_frame = _meta(_BATCH, mels, frames), _meta(_BATCH, frames, mels)
     layouts = [Layout({"input_features": features}, masks | lengths) for features in (by_channel, by_frame)]
     layouts.append(Layout({"input_features": _meta(_BATCH, frames // 4, 4 * mels)}))  # four frames each

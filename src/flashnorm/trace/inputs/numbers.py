@@ -41,7 +41,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashnorm.compat.torch import TorchDispatchMode, memory_of, tree_leaves, tree_map, without_modes, written
+from flashnorm.compat.torch import (
+    TorchDispatchMode,
+    TorchFunctionMode,
+    memory_of,
+    tree_leaves,
+    tree_map,
+    without_modes,
+    written,
+)
 
 aten = torch.ops.aten
 
@@ -55,6 +63,25 @@ class _Numbers:
 
     values: Tensor
     certain: bool = True
+
+
+class ListsOfItems(TorchFunctionMode):
+    """Lets code call `tolist` on meta tensors without numbers: it is `item` for each element, which the tracer answers.
+
+    `tolist` itself reads memory, which such tensors do not have.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError:
+            if func is torch.Tensor.tolist and args[0].is_meta:
+                return _items(args[0])
+            raise
+
+
+def _items(tensor: Tensor) -> Any:
+    return [_items(row) for row in tensor.unbind()] if tensor.dim() else tensor.item()
 
 
 class MixedDevices(TorchDispatchMode):

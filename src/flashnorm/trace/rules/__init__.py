@@ -13,11 +13,11 @@ from torch import Tensor
 from flashnorm.compat.torch import is_mutable, tree_leaves
 from flashnorm.trace.rules import contraction, elementwise, joining, movement, nonlinear, norms, reductions
 from flashnorm.trace.rules.call import Call, Rule, UnknownError
-from flashnorm.trace.rules.questions import ANSWERS, GUESSES, Guess
+from flashnorm.trace.rules.questions import ANSWERS, GUESSES, Guess, fitting_sizes
 from flashnorm.trace.rules.reasons import UNKNOWN_OPERATOR
 from flashnorm.trace.values import LOST, PLAIN, Value
 
-__all__ = ["ANSWERS", "GUESSES", "RULES", "Call", "Guess", "propagate"]
+__all__ = ["ANSWERS", "GUESSES", "RULES", "Call", "Guess", "fitting_sizes", "propagate"]
 
 aten = torch.ops.aten
 

@@ -1,6 +1,6 @@
 """Operators that ask a meta tensor for values: it has none, so they get guesses (see `inputs/numbers.py`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,3 +47,17 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     aten.equal: _equal,
     aten.nonzero: _nonzero,
 }
+
+
+def fitting_sizes(operator: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of an operator; if it splits a tensor into sizes that were guessed and do not fit, others that do.
+
+    What the pieces are is unknown, and their number stays: the tokens of each expert, say.
+    """
+    if operator.overloadpacket is not aten.split_with_sizes:
+        return args
+    tensor, sizes, *dim = args
+    whole, pieces = tensor.shape[dim[0] if dim else 0], len(sizes)
+    if sum(sizes) == whole or not pieces:
+        return args
+    return tensor, [whole // pieces + (piece < whole % pieces) for piece in range(pieces)], *dim
