@@ -16,6 +16,7 @@ ROOMS = [
     {"files", "hub"},
     {"trace"},
     {"planning"},
+    {"decoding"},
     {"cpu"},
     {"models"},
     {"verify"},
@@ -26,7 +27,8 @@ ROOMS = [
     {"__main__"},
 ]
 # What speeds up any model of Transformers knows nothing of folded ones.
-STRANGERS = {"cpu": {"plan", "format", "files", "hub", "trace", "planning"}, "files": {"plan", "arithmetic"}}
+_OF_CHECKPOINTS = {"plan", "format", "files", "hub", "trace", "planning"}
+STRANGERS = {"decoding": _OF_CHECKPOINTS, "cpu": _OF_CHECKPOINTS, "files": {"plan", "arithmetic"}}
 
 
 def modules() -> dict[str, Path]:

@@ -1,9 +1,11 @@
 """`flashnorm.optimize`: makes a Transformers model run on the fused kernels; `models/status.py` says which parts do.
 
 * The decoder layers use the kernels inside Transformers' own forward (`layers.py`).
-* `generate`, where it takes one token after another, runs a fused loop: all layers in one call (`generate.py`).
-* Before the kernels are put into a model, they are proven on that model, with the installed versions (`formula.py`,
-  `proof.py`). Before each use, `guard.py` checks that the model still is the one that was proven.
+* `generate`, where it takes one token after another, runs a fused loop: all layers in one call
+  (`decoding/generate.py`).
+* Before the kernels are put into a model, they are proven on that model, with the installed versions
+  (`decoding/formula.py`, `proof.py`). Before each use, `decoding/guard.py` checks that the model still is the one that
+  was proven.
 """
 
 import mmap
@@ -13,14 +15,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flashnorm.cpu.decoder import Decoder, UnsupportedError
-from flashnorm.cpu.formula import kinds_of_layers, read_decoder
-from flashnorm.cpu.fused import check_supported
-from flashnorm.cpu.generate import Generate
-from flashnorm.cpu.guard import Substitute, remark
+from flashnorm.cpu.fused import KERNELS, check_supported
 from flashnorm.cpu.layers import FusedForward, Rotation
-from flashnorm.cpu.proof import DifferentError, prove
-from flashnorm.cpu.structure import find_decoder
+from flashnorm.cpu.proof import prove
+from flashnorm.decoding.decoder import Decoder, UnsupportedError
+from flashnorm.decoding.formula import kinds_of_layers, read_decoder
+from flashnorm.decoding.generate import Generate
+from flashnorm.decoding.guard import Substitute, remark
+from flashnorm.decoding.proof import DifferentError
+from flashnorm.decoding.structure import find_decoder
 from flashnorm.errors import brief
 
 
@@ -87,7 +90,7 @@ def install(model: PreTrainedModel, decoder: Decoder | None = None, refusal: str
     decoder = find_decoder(model) if decoder is None else decoder
     layers: Any = model.base_model.layers
     rotation, settings = Rotation(), decoder.settings
-    generate = Generate(model, refusal)
+    generate = Generate(model, KERNELS, refusal)
     forwards = [
         FusedForward(layer, model.config, i, settings, sizes, rotation)
         for i, (layer, sizes) in enumerate(zip(layers, decoder.sizes, strict=True))

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flashnorm.cpu.decoder import UnsupportedError
-from flashnorm.cpu.generate import Generate
-from flashnorm.cpu.guard import Substitute
 from flashnorm.cpu.layers import FusedForward
 from flashnorm.cpu.optimize import proven
+from flashnorm.decoding.decoder import UnsupportedError
+from flashnorm.decoding.generate import Generate
+from flashnorm.decoding.guard import Substitute
 from flashnorm.files.reader import Checkpoint
 from flashnorm.hub import local_folder
 from flashnorm.models.load import Loading, use_kernels, warn_of_plain
