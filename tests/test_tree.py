@@ -18,6 +18,7 @@ ROOMS = [
     {"planning"},
     {"decoding"},
     {"cpu"},
+    {"gpu"},
     {"models"},
     {"verify"},
     {"convert"},
@@ -28,7 +29,12 @@ ROOMS = [
 ]
 # What speeds up any model of Transformers knows nothing of folded ones.
 _OF_CHECKPOINTS = {"plan", "format", "files", "hub", "trace", "planning"}
-STRANGERS = {"decoding": _OF_CHECKPOINTS, "cpu": _OF_CHECKPOINTS, "files": {"plan", "arithmetic"}}
+STRANGERS = {
+    "decoding": _OF_CHECKPOINTS,
+    "cpu": _OF_CHECKPOINTS,
+    "gpu": _OF_CHECKPOINTS,
+    "files": {"plan", "arithmetic"},
+}
 
 
 def modules() -> dict[str, Path]:
