@@ -123,15 +123,15 @@ def operator(name: str, tokens: int) -> dict[str, Any]:
     return found
 
 
-def seconds_a_token(run: Callable[[], object], tokens: int) -> list[float]:
-    """Of several rounds, in milliseconds, without the first."""
+def milliseconds_a_token(run: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
+    """Of several rounds of `DECODED` tokens, without the first, in order."""
     times = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         torch.cuda.synchronize()
         started = time.perf_counter()
         run()
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started) / tokens)
+        times.append(1e3 * (time.perf_counter() - started) / DECODED)
     return sorted(round(one, 4) for one in times[1:])
 
 
@@ -145,7 +145,7 @@ def decode(name: str) -> dict[str, Any]:
     options["attention_mask"] = torch.ones_like(ids)
     weight_bytes = 2 * (sum(p.numel() for p in model.base_model.layers.parameters()) + model.lm_head.weight.numel())
     found: dict[str, Any] = {"model": name, "weight_bytes": weight_bytes}
-    found["eager generate"] = seconds_a_token(lambda: model.generate(ids, **options), DECODED)
+    found["eager generate"] = milliseconds_a_token(lambda: model.generate(ids, **options), rounds=3)
     plain = model.generate(ids, **options)
 
     cache = StaticCache(config=model.config, max_cache_len=512)
@@ -169,16 +169,19 @@ def decode(name: str) -> dict[str, Any]:
             cache.reset()
             compiled()
 
-        found["torch.compile, static cache"] = seconds_a_token(again, DECODED)
+        found["torch.compile, static cache"] = milliseconds_a_token(again)
     except Exception as error:
         found["torch.compile, static cache"] = f"{type(error).__name__}: {str(error)[:300]}"
     started = time.perf_counter()
     flashnorm.optimize(model)
     found["optimize seconds"] = round(time.perf_counter() - started, 1)
     found["status"] = str(flashnorm.status(model))
-    found["our generate"] = seconds_a_token(lambda: model.generate(ids, **options), DECODED)
+    found["our generate"] = milliseconds_a_token(lambda: model.generate(ids, **options))
     ours = model.generate(ids, **options)
     found["same tokens"] = int((plain == ours)[0, PROMPT:].cumprod(0).sum())
+    found["tilings"] = {
+        key: one["best"] for key, one in json.loads(file(0).read_text()).items() if "norm_lin" not in key
+    }
     decoder = GraphDecoder(model, find_decoder(model))
 
     def loop() -> None:
@@ -187,10 +190,16 @@ def decode(name: str) -> dict[str, Any]:
         for _ in range(DECODED):
             token = decoder.step(token)[0].argmax(-1, keepdim=True)
 
-    found["our loop, with the prompt"] = seconds_a_token(loop, DECODED)
+    found["our loop, with the prompt"] = milliseconds_a_token(loop)
     graph: Any = decoder._graph
-    found["our graph alone"] = seconds_a_token(lambda: [graph.replay() for _ in range(DECODED)], DECODED)
+    found["our graph alone"] = milliseconds_a_token(lambda: [graph.replay() for _ in range(DECODED)])
     return found
+
+
+def save(result: dict[str, Any], path: Path | None) -> None:
+    """What is known so far."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @torch.inference_mode()
@@ -223,12 +232,12 @@ def main() -> None:
                 )
                 chosen = "a kernel" if row["choice"]["best"] else "the two"
                 print(f"| {row['inputs']} x {row['outputs']} | {tokens} | {times} | {chosen} |", flush=True)
+                save(result, options.json)
     if options.only != "operators":
         for name in CONFIGS:
             result["decode"].append(decode(name))
             print(json.dumps(result["decode"][-1], indent=1), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+            save(result, options.json)
 
 
 if __name__ == "__main__":

@@ -321,6 +321,17 @@ def matmul(
 
 
 @triton.jit
+def rms_norm(x, gain, y, stride, eps, INPUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """`RMSNorm(x)`, rounded: `[tokens, INPUTS]` of both; grid: tokens."""
+    token, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    read = tl.load(x + token * stride + cols, mask=cols < INPUTS, other=0.0).to(tl.float32)
+    made = read * tl.rsqrt(tl.sum(read * read, 0) / INPUTS + eps)
+    if gain is not None:
+        made *= tl.load(gain + cols, mask=cols < INPUTS, other=0.0).to(tl.float32)
+    tl.store(y + token * INPUTS + cols, made.to(y.dtype.element_ty), mask=cols < INPUTS)
+
+
+@triton.jit
 def embed(table, token, position, x, scale, stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """`x = scale table[token]` in float32, and the next position; one program."""
     cols = tl.arange(0, BLOCK)

@@ -175,6 +175,17 @@ def matmul(
     )
 
 
+def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """`RMSNorm(x)` of `[tokens, inputs]`, whose rows are contiguous; the gain `[inputs]` may be absent."""
+    y, (tokens, inputs) = x.new_empty(x.shape), x.shape
+    block = triton.next_power_of_2(inputs)
+    runs["rms_norm"] += 1
+    kernels.rms_norm[(tokens,)](
+        x, gain, y, x.stride(0), eps, INPUTS=inputs, BLOCK=block, num_warps=4 if block <= 2048 else 8
+    )
+    return y
+
+
 def embed(table: Tensor, token: Tensor, position: Tensor, x: Tensor, scale: float) -> None:
     """`x = scale table[token]`, and `position += 1`; tensors `[vocabulary, hidden]`, `[1]`, `[1]` and `[hidden]`."""
     hidden = table.shape[1]
