@@ -9,7 +9,7 @@
   model reads the whole static cache under a mask.
 * Limits of the same run: a copy's bytes read and written, and a large product.
 
-    python benchmarks/gpu.py [--json FILE] [--only operators|decode]
+    python benchmarks/gpu.py [--json FILE] [--only operators|decode] [--models NAME ...]
 """
 
 import argparse
@@ -208,6 +208,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", type=Path)
     arguments.add_argument("--only", choices=["operators", "decode"])
+    arguments.add_argument("--models", choices=list(CONFIGS), nargs="+", default=list(CONFIGS), help="for decoding")
     options = arguments.parse_args()
     transformers.logging.set_verbosity_error()
     result: dict[str, Any] = {
@@ -220,9 +221,8 @@ def main() -> None:
     }
     print(json.dumps(result), flush=True)
     if options.only != "decode":
-        print(
-            "| shape | tokens | two: cold, warm | compiled | ours | linear alone | chosen |\n|---|---|---|---|---|---|---|"
-        )
+        print("| shape | tokens | two: cold, warm | compiled | ours | linear alone | chosen |")
+        print("|---|---|---|---|---|---|---|")
         for name in SHAPES:
             for tokens in TOKENS:
                 row = operator(name, tokens)
@@ -234,7 +234,7 @@ def main() -> None:
                 print(f"| {row['inputs']} x {row['outputs']} | {tokens} | {times} | {chosen} |", flush=True)
                 save(result, options.json)
     if options.only != "operators":
-        for name in CONFIGS:
+        for name in options.models:
             result["decode"].append(decode(name))
             print(json.dumps(result["decode"][-1], indent=1), flush=True)
             save(result, options.json)

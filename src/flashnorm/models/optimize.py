@@ -2,9 +2,11 @@
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
+from flashnorm.cpu import optimize as for_cpu
 from flashnorm.decoding.decoder import UnsupportedError
 
 
@@ -39,8 +41,6 @@ def optimize_if_supported(model: PreTrainedModel) -> UnsupportedError | None:
         from flashnorm.gpu import optimize as for_gpu
 
         return for_gpu.optimize_if_supported(model)
-    from flashnorm.cpu import optimize as for_cpu
-
     return for_cpu.optimize_if_supported(model)
 
 
@@ -50,10 +50,12 @@ def problem(model: PreTrainedModel) -> UnsupportedError | None:
         if (reason := _without_triton()) is not None:
             return reason
         from flashnorm.gpu.optimize import proven
+
+        prove: Callable[[PreTrainedModel], object] = proven
     else:
-        from flashnorm.cpu.optimize import proven
+        prove = for_cpu.proven
     try:
-        proven(model)
+        prove(model)
     except UnsupportedError as reason:
         return reason
     return None
