@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from flashnorm.cpu.kernels import native
+
+# Without a GPU, kernels in Triton run in its interpreter, which has to be asked for before Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Continuous integration runs the same examples every time; everybody else finds new ones.
 settings.register_profile("ci", derandomize=True)

@@ -10,7 +10,9 @@ import flashnorm
 import tiny
 
 # What runs models on fused kernels, and so asks more of Transformers than anything else.
-CPU = {f"flashnorm.cpu.{name}" for name in ("optimize", "layers", "fused", "ops", "structure", "kernels")}
+CPU = {f"flashnorm.cpu.{name}" for name in ("optimize", "layers", "fused", "ops", "kernels")}
+CPU |= {"flashnorm.decoding.structure"}
+GPU = {f"flashnorm.gpu.{name}" for name in ("kernels", "launch", "ops", "decoder", "optimize")}
 
 
 def python(code: str, *arguments: object) -> str:
@@ -104,7 +106,19 @@ flashnorm.fold_, flashnorm.load  # found, though not what `load` runs at the end
 def test_runtime_is_imported_when_it_is_used(source: Path, tmp_path: Path) -> None:
     found = python(COMMANDS + "print(*sys.modules, sep='\\n')", source, tmp_path / "out").split()
     assert "flashnorm.convert" in found
-    assert not CPU & {*found}
+    assert not (CPU | GPU) & {*found}
+
+
+def test_nothing_for_a_gpu_is_imported_for_a_model_on_the_cpu(source: Path) -> None:
+    code = """
+import sys, transformers, flashnorm
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+flashnorm.status(flashnorm.optimize(model))
+print(*sys.modules, sep='\\n')
+"""
+    found = {*python(code, source).split()}
+    assert "flashnorm.cpu.optimize" in found
+    assert not GPU & found
 
 
 def test_commands_where_the_runtime_does_not_fit(source: Path, tmp_path: Path) -> None:

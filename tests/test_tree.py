@@ -16,7 +16,9 @@ ROOMS = [
     {"files", "hub"},
     {"trace"},
     {"planning"},
+    {"decoding"},
     {"cpu"},
+    {"gpu"},
     {"models"},
     {"verify"},
     {"convert"},
@@ -26,7 +28,13 @@ ROOMS = [
     {"__main__"},
 ]
 # What speeds up any model of Transformers knows nothing of folded ones.
-STRANGERS = {"cpu": {"plan", "format", "files", "hub", "trace", "planning"}, "files": {"plan", "arithmetic"}}
+_OF_CHECKPOINTS = {"plan", "format", "files", "hub", "trace", "planning"}
+STRANGERS = {
+    "decoding": _OF_CHECKPOINTS,
+    "cpu": _OF_CHECKPOINTS,
+    "gpu": _OF_CHECKPOINTS,
+    "files": {"plan", "arithmetic"},
+}
 
 
 def modules() -> dict[str, Path]:

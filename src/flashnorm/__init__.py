@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from flashnorm.convert.adapter import AdapterResult, convert_adapter
     from flashnorm.convert.dry_run import DryRun, dry_run
     from flashnorm.convert.push import push
-    from flashnorm.cpu.optimize import optimize
     from flashnorm.errors import DifferenceError, InputError
     from flashnorm.models.in_memory import fold_
     from flashnorm.models.load import load
+    from flashnorm.models.optimize import optimize
     from flashnorm.models.status import Status, status
     from flashnorm.plan import Fold, FoldPlan, Kept, Kind, Linear
     from flashnorm.planning.planned import plan
@@ -74,7 +74,7 @@ _HOMES = {
     "dry_run": "flashnorm.convert.dry_run",
     "fold_": "flashnorm.models.in_memory",
     "load": "flashnorm.models.load",
-    "optimize": "flashnorm.cpu.optimize",
+    "optimize": "flashnorm.models.optimize",
     "plan": "flashnorm.planning.planned",
     "push": "flashnorm.convert.push",
     "status": "flashnorm.models.status",

@@ -68,6 +68,15 @@ def test_a_model_takes_a_cache_by_a_known_name() -> None:
     assert name in parameters, f"{VERSION} calls the cache {name} in a model, and otherwise in its layers"
 
 
+def test_the_keys_and_values_of_a_filled_cache() -> None:
+    model: Any = build("llama")
+    cache = generation.empty_cache(model)
+    with torch.no_grad():
+        model(IDS, **{generation.cache_argument(model): cache})
+    found = generation.cached(cache)
+    assert [part.shape for pair in found for part in pair] == [(1, 2, 9, 16)] * 6, f"{VERSION} has other caches"
+
+
 def test_a_cache_is_handed_what_the_attention_of_this_version_hands_it() -> None:
     """The layer's own attention is asked what it hands to `update`."""
 

@@ -14,11 +14,12 @@ from torch.nn import functional as F  # noqa: N812
 
 import flashnorm
 from decoders import SIZES, build, error, generate, in_float64, logits, text
-from flashnorm.cpu import guard, ops
-from flashnorm.cpu.formula import read_decoder
+from flashnorm.cpu import ops
 from flashnorm.cpu.fused import FusedDecoder
 from flashnorm.cpu.kernels import native
 from flashnorm.cpu.optimize import optimize_if_supported
+from flashnorm.decoding import guard
+from flashnorm.decoding.formula import read_decoder
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import flashnorm
 from decoders import MODELS, PROMPT, SIZES, build, error, in_float64, logits, text
-from flashnorm.cpu.decoder import UnsupportedError
-from flashnorm.cpu.formula import read_decoder
 from flashnorm.cpu.fused import FusedDecoder
 from flashnorm.cpu.kernels import native
-from flashnorm.cpu.structure import choose_all_experts
+from flashnorm.decoding.decoder import UnsupportedError
+from flashnorm.decoding.formula import read_decoder
+from flashnorm.decoding.structure import choose_all_experts
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 
@@ -128,7 +128,7 @@ def test_mlps_may_have_different_sizes() -> None:
 def test_weights_of_different_dtypes_are_refused() -> None:
     model: Any = build("llama")
     model.model.layers[2].mlp.half()
-    with pytest.raises(UnsupportedError, match="weights of one dtype on the CPU"):
+    with pytest.raises(UnsupportedError, match="weights of one dtype on one device"):
         read_decoder(model)
 
 

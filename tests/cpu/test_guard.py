@@ -17,11 +17,12 @@ from transformers import GenerationConfig
 import flashnorm
 from decoders import build, error, generate, text
 from flashnorm.compat import generation
-from flashnorm.cpu import guard, ops
+from flashnorm.cpu import ops
 from flashnorm.cpu.fused import FusedDecoder
 from flashnorm.cpu.kernels import native
 from flashnorm.cpu.optimize import install, optimize_if_supported
-from flashnorm.cpu.proof import small_copy
+from flashnorm.decoding import guard
+from flashnorm.decoding.proof import small_copy
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 

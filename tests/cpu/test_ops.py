@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from flashnorm.cpu import ops
-from flashnorm.cpu.deferred import LayerSettings, LayerWeights, decoder_layer
 from flashnorm.cpu.kernels import native
+from flashnorm.decoding.deferred import LayerSettings, LayerWeights, decoder_layer
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 

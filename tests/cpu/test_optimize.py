@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 import flashnorm
 from decoders import MODELS, OPTIONS, VOCABULARY, build, error, generate, in_float64, text
 from flashnorm.cpu.kernels import native
-from flashnorm.cpu.structure import choose_all_experts, find_decoder
+from flashnorm.decoding.structure import choose_all_experts, find_decoder
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flashnorm
-from flashnorm.cpu.formula import read_decoder
 from flashnorm.cpu.fused import FusedDecoder
 from flashnorm.cpu.kernels import native
+from flashnorm.decoding.formula import read_decoder
 from flashnorm.verify.text import DEFAULT_TEXT
 
 pytestmark = [

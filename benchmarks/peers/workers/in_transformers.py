@@ -11,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 import flashnorm
-from flashnorm.cpu.formula import read_decoder
 from flashnorm.cpu.fused import FusedDecoder
+from flashnorm.decoding.formula import read_decoder
 
 
 class FusedNorm(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,6 +25,8 @@ __all__ = [
     "attention_function",
     "attention_implementation",
     "cache_argument",
+    "cached",
+    "empty_cache",
     "forget_unfilled_cache",
     "is_recording",
     "only_wants_gradients",
@@ -96,6 +98,16 @@ def cache_argument(model: Any) -> str:
     if name is None:
         raise LookupError(f"expected {type(model).__name__} to take one of {', '.join(CACHES)}, found none")
     return name
+
+
+def empty_cache(model: Any) -> DynamicCache:
+    """A cache for one forward of a model, which grows."""
+    return DynamicCache(config=model.config)
+
+
+def cached(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of each layer, `[sequences, key-value heads, tokens, head size]`, of a filled cache."""
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[attr-defined]
 
 
 def update_cache(name: str, cache: Any, keys: Tensor, values: Tensor, index: int, handed: Mapping[str, Any]) -> Any:

@@ -140,7 +140,7 @@ def surroundings() -> str | None:
         return "torch.jit traces it"
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return "there are hooks for all modules"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     if torch._C._len_torch_dispatch_stack():
         return "a mode sees every operator"

@@ -6,9 +6,11 @@ The kernels read the model's own weights. The cache grows as needed.
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
 
-from flashnorm.cpu.decoder import Decoder, UnsupportedError
 from flashnorm.cpu.kernels import native
+from flashnorm.decoding.decoder import Decoder, UnsupportedError
+from flashnorm.decoding.generate import Kernels
 
 
 class NoKernelsError(UnsupportedError):
@@ -184,8 +186,17 @@ def check_supported(decoder: Decoder) -> None:
         raise NoKernelsError(
             "expected compiled kernels, found none: install flashnorm from source where there is a C++ compiler"
         )
+    if decoder.head.device.type != "cpu":
+        raise UnsupportedError(f"expected weights on the CPU, found them on {decoder.head.device}")
     if decoder.head.dtype not in native.DTYPES:
         raise UnsupportedError(f"expected float32, bfloat16 or float16 weights, found {decoder.head.dtype}")
     head_dim = decoder.settings.head_dim
     if head_dim % native.BLOCK or head_dim > native.MOST_HEAD_DIM or decoder.hidden % native.BLOCK:
         raise UnsupportedError(f"expected a head size in steps of 16, up to {native.MOST_HEAD_DIM}, found others")
+
+
+def _start(_: PreTrainedModel, decoder: Decoder) -> FusedDecoder:
+    return FusedDecoder(decoder)
+
+
+KERNELS = Kernels(check_supported, _start)

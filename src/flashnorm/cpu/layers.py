@@ -14,11 +14,11 @@ from torch import Tensor
 
 from flashnorm.compat import generation
 from flashnorm.cpu import ops
-from flashnorm.cpu.decoder import LayerSizes, UnsupportedError, layer_problem
-from flashnorm.cpu.deferred import LayerSettings, LayerWeights
-from flashnorm.cpu.guard import Guard, Substitute, remark
 from flashnorm.cpu.kernels import native
-from flashnorm.cpu.structure import read_layer
+from flashnorm.decoding.decoder import LayerSizes, UnsupportedError, layer_problem
+from flashnorm.decoding.deferred import LayerSettings, LayerWeights
+from flashnorm.decoding.guard import Guard, Substitute, remark
+from flashnorm.decoding.structure import read_layer
 
 _KNOWN = frozenset({"attention_mask", "position_embeddings", *generation.FOR_ATTENTION, *generation.CACHES})
 
@@ -143,7 +143,7 @@ class FusedForward(Substitute):
             weights = read_layer(self._layer, self._config, self._index)
         except UnsupportedError as error:
             return str(error)
-        return layer_problem(weights, self._sizes) or weights
+        return layer_problem(weights, self._sizes, "cpu") or weights
 
     def _forward(self, x: Tensor, ready: "_Ready", given: dict[str, Any]) -> Tensor:
         weights, cos, sin, cache = ready

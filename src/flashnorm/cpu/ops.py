@@ -20,7 +20,7 @@ AFTER_ATTENTION: tuple[str, ...] = (
 )
 
 
-@torch.library.custom_op("flashnorm::norm_linear", mutates_args=())
+@torch.library.custom_op("flashnorm::norm_linear", mutates_args=(), device_types="cpu")
 def norm_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, gain: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -58,7 +58,7 @@ def _(x: Tensor, weight: Tensor, bias: object = None, gain: object = None, eps: 
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("flashnorm::attention_inputs", mutates_args=())
+@torch.library.custom_op("flashnorm::attention_inputs", mutates_args=(), device_types="cpu")
 def attention_inputs(
     x: Tensor,
     cos: Tensor,
@@ -124,7 +124,7 @@ def _(
     return x.new_empty(x.shape[0], q.shape[0] // heads * (heads + 2 * kv_heads))
 
 
-@torch.library.custom_op("flashnorm::after_attention", mutates_args=())
+@torch.library.custom_op("flashnorm::after_attention", mutates_args=(), device_types="cpu")
 def after_attention(
     x: Tensor,
     attended: Tensor,

@@ -1,51 +1,33 @@
-"""`flashnorm.optimize`: makes a Transformers model run on the fused kernels; `models/status.py` says which parts do.
+"""Puts the CPU's kernels into a Transformers model; `flashnorm.optimize` calls it for a model on the CPU.
 
 * The decoder layers use the kernels inside Transformers' own forward (`layers.py`).
-* `generate`, where it takes one token after another, runs a fused loop: all layers in one call (`generate.py`).
-* Before the kernels are put into a model, they are proven on that model, with the installed versions (`formula.py`,
-  `proof.py`). Before each use, `guard.py` checks that the model still is the one that was proven.
+* `generate`, where it takes one token after another, runs a fused loop: all layers in one call
+  (`decoding/generate.py`).
+* Before the kernels are put into a model, they are proven on that model, with the installed versions
+  (`decoding/formula.py`, `proof.py`). Before each use, `decoding/guard.py` checks that the model still is the one that
+  was proven.
 """
 
 import mmap
-import warnings
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from flashnorm.cpu.decoder import Decoder, UnsupportedError
-from flashnorm.cpu.formula import kinds_of_layers, read_decoder
-from flashnorm.cpu.fused import check_supported
-from flashnorm.cpu.generate import Generate
-from flashnorm.cpu.guard import Substitute, remark
+from flashnorm.cpu.fused import KERNELS, check_supported
 from flashnorm.cpu.layers import FusedForward, Rotation
-from flashnorm.cpu.proof import DifferentError, prove
-from flashnorm.cpu.structure import find_decoder
+from flashnorm.cpu.proof import prove
+from flashnorm.decoding.decoder import Decoder, UnsupportedError
+from flashnorm.decoding.formula import kinds_of_layers, read_decoder
+from flashnorm.decoding.generate import Generate
+from flashnorm.decoding.guard import remark, restore
+from flashnorm.decoding.proof import DifferentError
+from flashnorm.decoding.structure import find_decoder
 from flashnorm.errors import brief
 
 
-def optimize(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model run on the fused kernels. A model that they do not support is left as it is, with a warning.
-
-    First, a layer of each kind is compared with the formula that the kernels implement, and a small copy of the model
-    runs with and without the kernels, in the ways in which models are used; all results must agree. The weights remain
-    the model's parameters, and are moved once into memory with large pages. Folded and unfolded models are equally
-    fast: the kernels apply an unfolded gain while they read the activations.
-
-    Args:
-        model: the model, in memory, on the CPU, with float32, bfloat16 or float16 weights. It is put into evaluation
-            mode.
-
-    Returns:
-        The same model.
-    """
-    if reason := optimize_if_supported(model):
-        warnings.warn(f"flashnorm.optimize leaves {type(model).__name__} as it is: {reason}", stacklevel=2)
-    return model
-
-
 def optimize_if_supported(model: PreTrainedModel) -> UnsupportedError | None:
-    """`optimize` without a warning: returns why the model is left as it is, or None if it was optimized."""
+    """Make a model run on the kernels; returns why it is left as it is, or None if it was optimized."""
     model.eval()
     restore(model)
     try:
@@ -87,7 +69,7 @@ def install(model: PreTrainedModel, decoder: Decoder | None = None, refusal: str
     decoder = find_decoder(model) if decoder is None else decoder
     layers: Any = model.base_model.layers
     rotation, settings = Rotation(), decoder.settings
-    generate = Generate(model, refusal)
+    generate = Generate(model, KERNELS, refusal)
     forwards = [
         FusedForward(layer, model.config, i, settings, sizes, rotation)
         for i, (layer, sizes) in enumerate(zip(layers, decoder.sizes, strict=True))
@@ -95,14 +77,6 @@ def install(model: PreTrainedModel, decoder: Decoder | None = None, refusal: str
     for layer, forward in zip(layers, forwards, strict=True):
         vars(layer)["forward"] = forward
     vars(model)["generate"] = generate
-
-
-def restore(model: PreTrainedModel) -> None:
-    """Undo `install`."""
-    for module in model.modules():
-        for name in ("forward", "generate"):
-            if isinstance(vars(module).get(name), Substitute):
-                del vars(module)[name]
 
 
 def _move_to_large_pages(model: PreTrainedModel) -> None:

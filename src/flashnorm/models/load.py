@@ -137,7 +137,7 @@ def use_kernels(model: PreTrainedModel) -> str | None:
     """
     try:
         from flashnorm.cpu.fused import NoKernelsError
-        from flashnorm.cpu.optimize import optimize_if_supported
+        from flashnorm.models.optimize import optimize_if_supported
     except ImportError as error:  # a name that the kernels' runtime imports from another package is gone
         return f"the fused kernels do not fit transformers {transformers.__version__} ({error})"
     refusal = optimize_if_supported(model)

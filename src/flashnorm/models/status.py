@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flashnorm.cpu.decoder import UnsupportedError
-from flashnorm.cpu.generate import Generate
-from flashnorm.cpu.guard import Substitute
 from flashnorm.cpu.layers import FusedForward
-from flashnorm.cpu.optimize import proven
+from flashnorm.decoding.generate import Generate
+from flashnorm.decoding.guard import Substitute
 from flashnorm.files.reader import Checkpoint
 from flashnorm.hub import local_folder
 from flashnorm.models.load import Loading, use_kernels, warn_of_plain
+from flashnorm.models.optimize import on_gpu, problem
 from flashnorm.planning.folded import trained_norms, weightless_norms
 from flashnorm.planning.planned import plan_checkpoint
 
+_LAYERS_ON_GPU = "on a GPU, layers run the model's own code, and generate runs all of them on the fused kernels"
 _REPLACED = "what flashnorm.optimize had put there was replaced"
 
 
@@ -45,6 +45,8 @@ class Status:
         reasons = [reason for reason in dict.fromkeys((*self.layers, self.generate)) if reason is not None]
         if self.layers and not reasons:
             return "on the fused kernels"
+        if not self.fused_layers and self.generate is None:
+            return f"generate on the fused kernels: {reasons[0]}" if reasons else "generate on the fused kernels"
         if not self.fused_layers:
             return f"in plain PyTorch: {reasons[0]}" if reasons else "in plain PyTorch: it has no decoder layers"
         return f"{self.fused_layers} of {len(self.layers)} layers on the fused kernels: {'; '.join(reasons)}"
@@ -73,6 +75,8 @@ def status(model: PreTrainedModel) -> Status:
     if not any(isinstance(one, Substitute) for one in substitutes):
         reason = _why_not_optimized(model)
         return Status((reason,) * len(layers), reason)
+    if on_gpu(model) and isinstance(loop := substitutes[-1], Generate):
+        return Status((_LAYERS_ON_GPU,) * len(layers), loop.problem())
     *reasons, loop = (one.problem() if isinstance(one, FusedForward | Generate) else _REPLACED for one in substitutes)
     return Status(tuple(reasons), loop)
 
@@ -80,9 +84,7 @@ def status(model: PreTrainedModel) -> Status:
 def _why_not_optimized(model: PreTrainedModel) -> str:
     if model.training:
         return "it is in training mode"
-    try:
-        proven(model)
-    except UnsupportedError as reason:
+    if (reason := problem(model)) is not None:
         return str(reason)
     return "it was not optimized; flashnorm.optimize(model) does that"
 

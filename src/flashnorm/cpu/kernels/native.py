@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from flashnorm.cpu.deferred import LayerSettings, LayerWeights
 from flashnorm.cpu.kernels.build import LIBRARY
+from flashnorm.decoding.deferred import LayerSettings, LayerWeights
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}

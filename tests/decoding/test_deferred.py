@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from flashnorm.cpu import deferred
-from flashnorm.cpu.deferred import LayerSettings, LayerWeights
+from flashnorm.decoding import deferred
+from flashnorm.decoding.deferred import LayerSettings, LayerWeights
 
 TOKENS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, EPS, QK_EPS = 7, 24, 40, 4, 2, 8, 1e-5, 1e-3
 

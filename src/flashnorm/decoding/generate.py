@@ -4,25 +4,25 @@
   streamers.
 * The arguments of `generate`, and the options that Transformers makes of them, decide whether the fused loop runs. If
   anything in them is unknown, Transformers' own loop runs, and a remark says so. Its layers are fused all the same
-  (`layers.py`).
+  (`cpu/layers.py`).
 """
 
 import functools
 import inspect
 import threading
 import types
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from flashnorm.compat import generation
-from flashnorm.cpu.decoder import Decoder, UnsupportedError
-from flashnorm.cpu.fused import FusedDecoder, check_supported
-from flashnorm.cpu.guard import Guard, Substitute, remark
-from flashnorm.cpu.structure import find_decoder
+from flashnorm.decoding.decoder import Decoder, UnsupportedError
+from flashnorm.decoding.guard import Guard, Substitute, remark
+from flashnorm.decoding.structure import find_decoder
 
 _ELSEWHERE = "generate runs Transformers' own loop"
 _LOOPS = (generation.GenerationMode.GREEDY_SEARCH, generation.GenerationMode.SAMPLE)
@@ -83,21 +83,62 @@ _OPTIONS_ELSEWHERE = {
 _EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "sliding_window", "hybrid", "hybrid_chunked")
 
 
+class Steps(Protocol):
+    """A decoder on the kernels, and the cache of its sequences."""
+
+    def fits(self, decoder: Decoder) -> bool:
+        """Whether `read` can replace the decoder by this one."""
+        ...
+
+    def read(self, decoder: Decoder) -> None:
+        """Use the weights of this decoder from now on."""
+        ...
+
+    def start(self, sequences: int = 1) -> None:
+        """Forget all sequences and begin new ones."""
+        ...
+
+    def extend(self, ids: Tensor, rows: int = 1, sequence: int = 0) -> Tensor:
+        """Run more tokens `[tokens]` of one sequence; returns the logits of the last `rows`, in float32."""
+        ...
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Run one more token of every sequence: `[sequences]` -> logits `[sequences, vocabulary]`, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one kind of device, as the loop needs them; functions of a module, so that models can be pickled.
+
+    Attributes:
+        check: raises `UnsupportedError` if there are no kernels for a decoder.
+        start: a model and its decoder -> the decoder on the kernels.
+        sequences: how many sequences they run at a time; None: any number.
+    """
+
+    check: Callable[[Decoder], None]
+    start: Callable[[PreTrainedModel, Decoder], Steps]
+    sequences: int | None = None
+
+
 class Generate(Substitute):
     """The replacement of a model's `generate`.
 
     Args:
         model: the model that was proven.
+        kernels: those that it runs on.
         refusal: why Transformers' own loop must always run; None if the fused loop may run.
     """
 
     __name__ = "generate"
 
-    def __init__(self, model: PreTrainedModel, refusal: str | None = None):
+    def __init__(self, model: PreTrainedModel, kernels: Kernels, refusal: str | None = None):
         self._model: Any = model
+        self._kernels = kernels
         self._refusal = refusal
         self._guard = Guard(model, calls_root=False, config=model.config)
-        self._decoder: FusedDecoder | None = None
+        self._decoder: Steps | None = None
         self._busy = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,8 +201,10 @@ class Generate(Substitute):
             reason = "it is synchronised with other processes"
         elif generation_config.get_generation_mode() not in _LOOPS:
             raise RuntimeError(f"expected a loop over single tokens, found {generation_config.get_generation_mode()}")
-        elif isinstance(lengths := _lengths(input_ids, model_kwargs), str):
+        elif isinstance(lengths := _lengths(input_ids, model_kwargs, model.device), str):
             reason = lengths
+        elif len(lengths) > (self._kernels.sequences or len(lengths)):
+            reason = f"there are {len(lengths)} sequences, and the kernels run {self._kernels.sequences} at a time"
         elif not self._busy.acquire(blocking=False):
             reason = "another thread generates with the same model"
         else:
@@ -191,14 +234,14 @@ class Generate(Substitute):
         """The decoder with the model's current weights, or the reason why they cannot be used."""
         try:
             found = find_decoder(self._model)
-            check_supported(found)
+            self._kernels.check(found)
         except UnsupportedError as error:
             return str(error)
         return found
 
-    def _read(self, found: Decoder) -> FusedDecoder:
+    def _read(self, found: Decoder) -> Steps:
         if self._decoder is None or not self._decoder.fits(found):
-            self._decoder = FusedDecoder(found)
+            self._decoder = self._kernels.start(self._model, found)
         else:
             self._decoder.read(found)
         return self._decoder
@@ -234,12 +277,12 @@ def _reason_against(model: Any, given: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _lengths(input_ids: Tensor, handed: Mapping[str, Any]) -> list[int] | str:
+def _lengths(input_ids: Tensor, handed: Mapping[str, Any], device: torch.device) -> list[int] | str:
     """The length of each sequence without its padding on the left, or why the fused loop cannot start with them."""
     if "attention_mask" not in handed:
         return "this version of Transformers hands no attention_mask on"
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.device.type != "cpu":
-        return "there are no tokens to start with on the CPU"
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.device != device:
+        return f"there are no tokens to start with on the model's device, {device}"
     mask = torch.ones_like(input_ids) if handed["attention_mask"] is None else handed["attention_mask"]
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
         return "the attention mask is not one flag for each token"
@@ -251,7 +294,7 @@ def _lengths(input_ids: Tensor, handed: Mapping[str, Any]) -> list[int] | str:
 
 @torch.no_grad()
 def _loop(
-    decoder: FusedDecoder,
+    decoder: Steps,
     input_ids: Tensor,
     lengths: list[int],
     logits_processor: Any,
@@ -266,7 +309,7 @@ def _loop(
     )
     may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     length, ends = generation.undecided(stopping_criteria)
-    running = torch.ones(len(lengths), dtype=torch.bool)
+    running = torch.ones(len(lengths), dtype=torch.bool, device=input_ids.device)
     while True:
         scores = logits_processor(input_ids, logits)
         if generation_config.do_sample:

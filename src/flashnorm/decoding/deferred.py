@@ -253,7 +253,7 @@ def decoder_layer(x: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, se
     scores = torch.einsum("...qhd,...khd->...hqk", q, k) * settings.attention_scale
     if settings.score_cap is not None:
         scores = settings.score_cap * (scores / settings.score_cap).tanh()
-    at = torch.arange(tokens)
+    at = torch.arange(tokens, device=x.device)
     seen = at[None] <= at[:, None]
     if weights.window is not None:
         seen &= at[None] > at[:, None] - weights.window

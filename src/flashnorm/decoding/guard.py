@@ -39,6 +39,14 @@ class Substitute:
     """An object that this package puts in the place of a model's method."""
 
 
+def restore(model: nn.Module) -> None:
+    """Take all substitutes out of a model."""
+    for module in model.modules():
+        for name in ("forward", "generate"):
+            if isinstance(vars(module).get(name), Substitute):
+                del vars(module)[name]
+
+
 @dataclass(frozen=True)
 class _Part:
     """The record of one module at the time of the proof.

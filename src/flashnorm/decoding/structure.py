@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flashnorm.cpu.decoder import Decoder, UnsupportedError, layer_problem
-from flashnorm.cpu.deferred import LayerSettings, LayerWeights
+from flashnorm.decoding.decoder import Decoder, UnsupportedError, layer_problem
+from flashnorm.decoding.deferred import LayerSettings, LayerWeights
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -51,9 +51,9 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """
     base: Any = model.base_model
     config: Any = model.config
-    kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
-    if len(kinds) != 1 or next(iter(kinds))[0] != "cpu":
-        raise UnsupportedError(f"expected weights of one dtype on the CPU, found {kinds}")
+    kinds = {(str(parameter.device), parameter.dtype) for parameter in model.parameters()}
+    if len(kinds) != 1:
+        raise UnsupportedError(f"expected weights of one dtype on one device, found {kinds}")
     layers = _attribute(base, "layers")
     first = _attribute(layers[0], "self_attn")
     head: Any = model.get_output_embeddings()
@@ -109,7 +109,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 def _check_sizes(decoder: Decoder) -> None:
     """Check that the sizes of each layer fit each other, and that attention has the same ones in all of them."""
     for index, (layer, sizes) in enumerate(zip(decoder.layers, decoder.sizes, strict=True)):
-        if (problem := layer_problem(layer, sizes)) is not None:
+        if (problem := layer_problem(layer, sizes, decoder.head.device.type)) is not None:
             raise UnsupportedError(f"in layer {index}: {problem}")
     for name in ("head", "embedding"):
         matrix = getattr(decoder, name)
@@ -162,7 +162,7 @@ def _gain_offset(modules: Iterable[nn.Module]) -> float:
     for norm in modules:
         weight = getattr(norm, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 1:
-            made = copy.deepcopy(norm).float()(torch.ones(1, len(weight)))[0]
+            made = copy.deepcopy(norm).float()(torch.ones(1, len(weight), device=weight.device))[0]
             return min((0.0, 1.0), key=lambda offset: (made - (weight.float() + offset)).abs().max().item())
     return 0.0
 

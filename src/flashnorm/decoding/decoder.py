@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashnorm.cpu.deferred import LayerSettings, LayerWeights
+from flashnorm.decoding.deferred import LayerSettings, LayerWeights
 
 
 class UnsupportedError(ValueError):
@@ -106,7 +106,7 @@ class Decoder:
 
     def tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """`tables_of` positions `start` to `stop - 1`."""
-        return self.tables_of(torch.arange(start, stop))
+        return self.tables_of(torch.arange(start, stop, device=self.embedding.device))
 
     def tables_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The RoPE tables (cosines, sines) of some positions, `[kinds, positions, half]` each, in float32.
@@ -114,7 +114,7 @@ class Decoder:
         Raises:
             UnsupportedError: the two halves of a table differ, or those of different kinds have other sizes.
         """
-        x = torch.zeros(1, 1, self.hidden)
+        x = torch.zeros(1, 1, self.hidden, device=positions.device)
         given = [(x, positions[None], kind) for kind in self.kinds] or [(x, positions[None])]
         made = [tuple(map(_half, self.rotary(*arguments))) for arguments in given]
         if len({table.shape for tables in made for table in tables}) != 1:
@@ -130,14 +130,14 @@ def _half(table: Tensor) -> Tensor:
     return table[0, :, : table.shape[-1] // 2].float()
 
 
-def layer_problem(layer: LayerWeights, sizes: LayerSizes) -> str | None:
-    """Why the kernels cannot read a layer's current weights; None if they can."""
+def layer_problem(layer: LayerWeights, sizes: LayerSizes, device: str) -> str | None:
+    """Why kernels for a type of device ("cpu", "cuda") cannot read a layer's current weights; None if they can."""
     for name, shape in sizes.shapes.items():
         tensor = getattr(layer, name)
         if tensor is None:
             continue
-        if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            return f"expected {name} as a plain tensor on the CPU, found {type(tensor).__name__} on {tensor.device}"
+        if type(tensor) is not Tensor or tensor.device.type != device or tensor.layout != torch.strided:
+            return f"expected {name} as a plain tensor on {device}, found {type(tensor).__name__} on {tensor.device}"
         if tensor.dtype != layer.q.dtype:
             return f"expected {name} in {layer.q.dtype}, found {tensor.dtype}"
         if tensor.shape != shape:

@@ -19,9 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from flashnorm.compat.generation import attention_implementation
-from flashnorm.cpu.decoder import Decoder, UnsupportedError
-from flashnorm.cpu.deferred import LayerWeights, decoder_layer, inverse_rms
-from flashnorm.cpu.structure import find_decoder, read_layer
+from flashnorm.decoding.decoder import Decoder, UnsupportedError
+from flashnorm.decoding.deferred import LayerWeights, decoder_layer, inverse_rms
+from flashnorm.decoding.structure import find_decoder, read_layer
 
 _TOKENS = 8
 # Tolerance for float32 sums in another order, relative to the largest element of the layer's output.
@@ -36,7 +36,7 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     """Find a model's decoder and prove its layers, one of each kind.
 
     Args:
-        model: the model, in memory, on the CPU, in evaluation mode.
+        model: the model, in memory, on one device, in evaluation mode.
 
     Raises:
         UnsupportedError: a part of the model is not what the kernels compute.
@@ -52,18 +52,27 @@ def _check_room(model: Any, decoder: Decoder) -> None:
     layers = [model.base_model.layers[index] for index in kinds_of_layers(model, decoder).values()]
     bytes_of_each = 4 + decoder.head.element_size()
     needed = bytes_of_each * sum(weight.numel() for layer in layers for weight in layer.parameters())
-    if needed > (available := psutil.virtual_memory().available):
+    if needed > (available := _free_memory(decoder.head.device)):
         raise UnsupportedError(
             f"expected {needed / 1e9:.1f} GB of free memory for a copy of a layer of each kind, on which the kernels "
             f"are proven, found {available / 1e9:.1f} GB"
         )
 
 
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, for this process."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def _prove_layers(model: Any, decoder: Decoder) -> None:
     _check_rotation(decoder, model.config.max_position_embeddings)
     _check_windows(model, decoder)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator)
+    device = decoder.head.device
+    x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator).to(device)
     tables = decoder.tables(0, _TOKENS)
     with _eager(model):
         for index in kinds_of_layers(model, decoder).values():
@@ -79,7 +88,7 @@ def _prove_layers(model: Any, decoder: Decoder) -> None:
                 found = decoder_layer(x, cos, sin, copied, decoder.settings)
                 _compare(f"layer {index}", found - x, expected - x)
     # Embedding, final norm and head: the model's own code without any layer, compared with the formula.
-    ids = torch.randint(0, decoder.embedding.shape[0], (1, _TOKENS), generator=generator)
+    ids = torch.randint(0, decoder.embedding.shape[0], (1, _TOKENS), generator=generator).to(device)
     embedded: list[Tensor] = []
     hook = model.base_model.norm.register_forward_pre_hook(lambda _, args: embedded.append(args[0].float()))
     try:
@@ -129,9 +138,9 @@ def _kind(layer: nn.Module, weights: LayerWeights) -> Any:
 
 def _check_rotation(decoder: Decoder, longest: int) -> None:
     """Check that the RoPE tables of a position do not depend on the length of the sequence."""
-    positions = torch.arange(_TOKENS)
+    positions = torch.arange(_TOKENS, device=decoder.head.device)
     alone = decoder.tables_of(positions)
-    among = decoder.tables_of(torch.cat([positions, torch.tensor([4 * longest])]))
+    among = decoder.tables_of(torch.cat([positions, positions.new_tensor([4 * longest])]))
     again = decoder.tables_of(positions)
     for table, longer, after in zip(alone, among, again, strict=True):
         if not (torch.equal(table, longer[:, :_TOKENS]) and torch.equal(table, after)):
@@ -152,21 +161,21 @@ def _check_windows(model: Any, decoder: Decoder) -> None:
         if configured:
             model.config.sliding_window = 3
         with _eager(model):
-            model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long), use_cache=False)
+            model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long, device=decoder.head.device), use_cache=False)
     finally:
         if configured:
             model.config.sliding_window = configured
         for hook in hooks:
             hook.remove()
     for index, (mask, layer) in enumerate(zip(masks, decoder.layers, strict=True)):
-        expected = _seen(3 if layer.window else None)
+        expected = _seen(3 if layer.window else None, decoder.head.device)
         if mask is None or not torch.equal((mask if mask.dtype == torch.bool else mask == 0)[0, 0], expected):
             raise UnsupportedError(f"expected layer {index} to see the positions of its window, found another mask")
 
 
-def _seen(window: int | None) -> Tensor:
+def _seen(window: int | None, device: torch.device) -> Tensor:
     """Which positions each token sees, `[token, position]`."""
-    at = torch.arange(_TOKENS)
+    at = torch.arange(_TOKENS, device=device)
     seen = at[None] <= at[:, None]
     return seen if window is None else seen & (at[None] > at[:, None] - window)
 
@@ -178,12 +187,13 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float = _SAM
 
 
 def _run(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, window: int | None) -> Tensor:
-    mask = torch.zeros(1, 1, _TOKENS, _TOKENS).masked_fill(~_seen(window), torch.finfo(torch.float32).min)
+    mask = torch.zeros(1, 1, _TOKENS, _TOKENS, device=x.device)
+    mask = mask.masked_fill(~_seen(window, x.device), torch.finfo(torch.float32).min)
     try:
         output = layer(
             x,
             attention_mask=mask,
-            position_ids=torch.arange(_TOKENS)[None],
+            position_ids=torch.arange(_TOKENS, device=x.device)[None],
             position_embeddings=(cos[None], sin[None]),
             use_cache=False,
         )
