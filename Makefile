@@ -136,7 +136,6 @@ bench: $(INSTALLED)
 # The site in build/site. Docstrings are read off the source, so that the package and what it needs are not installed here.
 DOCS_VENV := .venv-docs
 DOCS_INSTALLED := $(DOCS_VENV)/.installed
-DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
 .PHONY: docs
 docs: $(DOCS_INSTALLED)
@@ -184,8 +183,8 @@ $(SWEEP_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@$(SWEEP_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dev,sweep]'
 	@touch $@
 
-$(DOCS_INSTALLED): pyproject.toml
+$(DOCS_INSTALLED): docs/requirements.txt
 	@echo "setting up $(DOCS_VENV) ..."
 	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python $(INSTALL) $$($(DOCS_VENV)/bin/python -c '$(DOCS_EXTRA)')
+	@$(DOCS_VENV)/bin/python $(INSTALL) -r docs/requirements.txt
 	@touch $@

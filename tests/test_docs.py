@@ -1,5 +1,6 @@
 """The documents: their links lead somewhere, the API reference is complete, and the wheel says that it is typed."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -66,6 +67,15 @@ def test_every_page_is_in_the_menu() -> None:
 def test_the_api_reference_has_every_public_name() -> None:
     text = (REPOSITORY / "docs" / "api.md").read_text()
     assert sorted(re.findall(r"^::: flashnorm\.(\w+)$", text, re.MULTILINE)) == sorted(flashnorm.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in flashnorm.__all__ if inspect.isfunction(getattr(flashnorm, name))])
+def test_docstrings_name_the_parameters_that_there_are(name: str) -> None:
+    """Each by itself: `make docs` refuses others."""
+    function = getattr(flashnorm, name)
+    (arguments,) = re.findall(r"^Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(function) or "", re.MULTILINE | re.DOTALL)
+    named = re.findall(r"^    (\w[^:\n]*):", arguments, re.MULTILINE)
+    assert named == list(inspect.signature(function).parameters)
 
 
 def test_the_wheel_says_that_it_is_typed(tmp_path: Path) -> None:

@@ -104,9 +104,12 @@ def convert_adapter(
         target: the folder to write.
         folded: folder or hub id of the FlashNorm version, to follow what its conversion did; its name becomes the
             adapter's base. None: `convert` with the same `untie` and `keep`, and no further options, made it.
-        revision, subfolder: of `model`; see `convert`.
-        adapter_revision, adapter_subfolder: of `adapter`.
-        untie, keep: the options of the conversion; not together with `folded`.
+        revision: of `model`; see `convert`.
+        subfolder: of `model`; see `convert`.
+        adapter_revision: of `adapter`.
+        adapter_subfolder: of `adapter`.
+        untie: an option of the conversion; not together with `folded`.
+        keep: an option of the conversion; not together with `folded`.
         dtype: "float32" or "float64": the dtype of all floating-point tensors, which may not become narrower. None:
             each keeps its own.
         force: replace a target that exists, if everything in it is what flashnorm wrote, unchanged.

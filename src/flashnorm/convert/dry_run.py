@@ -93,6 +93,17 @@ def dry_run(
 
     Of the weights, only headers and norms are read; of a repository on the hub, these parts are fetched.
 
+    Args:
+        source: folder or hub id of the checkpoint.
+        target: the folder that `convert` would write.
+        revision: branch, tag or commit, if the source is on the hub.
+        subfolder: the checkpoint's folder in its repository, or below `source`.
+        keep_norms: norms keep a weight of ones, as for `convert`.
+        untie: a tied output head gets a weight of its own.
+        keep: norms that are to keep their weight, as shell patterns over their names.
+        force: `convert` might replace a target that exists.
+        trust_remote_code: run code that the checkpoint carries.
+
     Raises:
         InputError: `convert` would refuse the source or the target; but a disk that is too small is no error here.
     """

@@ -118,7 +118,7 @@ class Checkpoint:
     def read_bytes(self, name: str) -> bytearray:
         """A tensor's bytes as stored, whatever its dtype. Raises `InputError` if it cannot be read."""
         info = self.tensors[name]
-        return self._read(info.file, info.start, info.nbytes)
+        return self._read(info.file, [info.start], info.nbytes)
 
     def read_tensor(self, name: str) -> Tensor:
         """A whole tensor, in its stored dtype and shape. For small tensors: `convert/shards.py` streams larger ones.
@@ -150,12 +150,11 @@ class Checkpoint:
         for first in range(0, outputs, step):
             count = min(step, outputs - first)
             if axis == 1:
-                data = self._read(info.file, info.start + first * inputs * size, count * inputs * size)
+                data = self._read(info.file, [info.start + first * inputs * size], count * inputs * size)
                 yield _as_tensor(data, dtype, (count, inputs))
             else:
                 starts = range(info.start + first * size, info.end, outputs * size)
-                rows = [self._read(info.file, start, count * size) for start in starts]
-                yield _as_tensor(bytearray().join(rows), dtype, (inputs, count)).T
+                yield _as_tensor(self._read(info.file, starts, count * size), dtype, (inputs, count)).T
 
     def with_states_of(self, names: list[str]) -> "Checkpoint":
         """The same checkpoint, watching more files of its folder. Raises `InputError` if one cannot be read."""
@@ -179,22 +178,24 @@ class Checkpoint:
             )
         return TORCH_DTYPES[info.dtype]
 
-    def _read(self, file: str, start: int, nbytes: int) -> bytearray:
-        return _read(self.folder / file, start, nbytes)
+    def _read(self, file: str, starts: Sequence[int], nbytes: int) -> bytearray:
+        return _read(self.folder / file, starts, nbytes)
 
 
-def _read(path: Path, start: int, nbytes: int) -> bytearray:
-    data = bytearray(nbytes)
+def _read(path: Path, starts: Sequence[int], nbytes: int) -> bytearray:
+    """So many bytes from each of the starts, joined."""
+    data = bytearray(len(starts) * nbytes)
     try:
         with open_file(path) as handle:
-            handle.seek(start)
-            view = memoryview(data)
-            while view and (count := handle.readinto(view)):
-                view = view[count:]
+            for place, start in enumerate(starts):
+                handle.seek(start)
+                view = memoryview(data)[place * nbytes : (place + 1) * nbytes]
+                while view and (count := handle.readinto(view)):
+                    view = view[count:]
+                if view:
+                    raise InputError(f"{path}: expected {start + nbytes} bytes, found the file shorter; fetch it again")
     except OSError as error:
         raise cannot_read(path, error) from error
-    if view:
-        raise InputError(f"{path}: expected {start + nbytes} bytes, found the file shorter; fetch it again")
     return data
 
 
@@ -235,7 +236,7 @@ def _equal(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
     blocks = range(0, one.nbytes, _BLOCK)
 
     def read(info: TensorInfo, at: int) -> bytearray:
-        return _read(folder / info.file, info.start + at, min(_BLOCK, info.nbytes - at))
+        return _read(folder / info.file, [info.start + at], min(_BLOCK, info.nbytes - at))
 
     return all(read(one, at) == read(other, at) for at in blocks)
 

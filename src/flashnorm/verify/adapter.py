@@ -129,7 +129,8 @@ def verify_adapter(
         out: folder of its FlashNorm version.
         adapter: folder or hub id of the adapter of the source.
         out_adapter: folder of the converted adapter.
-        revision, subfolder: of `model`; see `verify`.
+        revision: of `model`; see `verify`.
+        subfolder: of `model`; see `verify`.
         weights_only: do not run the models.
         text: the text to run the models on, or the path of a file that holds it; None for the package's own text.
         stage: called before each run of a model with a few words that say what is run.
