@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from flashnorm.convert import convert
@@ -244,13 +244,6 @@ def test_streaming_holds_no_more_than_a_module(source: Callable[..., Path], monk
 
 def test_the_system_tells_its_memory() -> None:
     assert outputs.available_memory() > 1 << 28
-
-
-def test_an_encoder_is_not_run(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("modernbert", **{**TINY, "num_hidden_layers": 2})
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "source")
-    report = verify_outputs(tmp_path / "source", tmp_path / "source")
-    assert report.skipped == "modernbert is no causal language model; only those are run"
 
 
 def test_the_whole_answer(source: Callable[..., Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from flashnorm.verify.findings import Finding
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.page import check_page, html, write_page
 from flashnorm.verify.plots import error_by_depth, kl_by_token, rounding_errors
+from flashnorm.verify.returned import Returned, ReturnedReport
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -71,6 +72,16 @@ def nasty(report: VerifyReport) -> VerifyReport:
     )
 
 
+def other(report: VerifyReport) -> VerifyReport:
+    """The report of a model that is no causal language model, with markup where it has a say."""
+    returned = (
+        Returned(f"forward: {NASTY}", 1000, 0.01, 0.011, 0.002),
+        Returned("forward: mask", 20, 0.7, 0.7, 0.0),
+    )
+    criteria = outputs(report).criteria[:2]
+    return replace(report, outputs=ReturnedReport("ViTMAEModel", "bfloat16", False, returned, criteria))
+
+
 class Elements(HTMLParser):
     """The names of a page's elements, their attributes and its text; what is opened is closed."""
 
@@ -104,7 +115,7 @@ class Elements(HTMLParser):
 def test_json_is_as_its_schema_says(folders: tuple[Path, Path], report: VerifyReport) -> None:
     validator = jsonschema.Draft202012Validator(SCHEMA)
     skipped = replace(report, outputs=OutputsReport(skipped="it does not fit"))
-    for each in (report, nasty(report), skipped, verify(*folders, weights_only=True)):
+    for each in (report, nasty(report), skipped, other(report), verify(*folders, weights_only=True)):
         validator.validate(json.loads(each.to_json()))
     with pytest.raises(jsonschema.ValidationError):
         validator.validate(report.to_dict() | {"version": 2})
@@ -181,6 +192,9 @@ def test_other_answers_have_a_page(folders: tuple[Path, Path], report: VerifyRep
     skipped = Elements(html(replace(report, outputs=OutputsReport(skipped="it does not fit")))).text
     assert "Outputs were not compared: it does not fit." in skipped
     assert "not asked for" in Elements(html(verify(*folders, weights_only=True))).text
+    text = " ".join(Elements(html(other(report))).text.split())
+    assert f"forward: {NASTY}" in text
+    assert "does not repeat there: forward: mask" in text
     alone = verify(folders[1], weights_only=True)
     text = Elements(html(alone)).text
     assert "is whole, and what its flashnorm.json and its model's code say" in text

@@ -19,12 +19,14 @@ from flashnorm.verify.outputs import compare_outputs, verify_outputs
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.range import without_too_large
 from flashnorm.verify.report import VerifyReport
+from flashnorm.verify.returned import ReturnedReport
 from flashnorm.verify.text import read_text
 from flashnorm.verify.weights import WeightsReport, verify_weights
 
 __all__ = [
     "IntegrityReport",
     "OutputsReport",
+    "ReturnedReport",
     "VerifyReport",
     "WeightsReport",
     "verify",

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+# A mean over fewer vectors says little.
+_FEWEST_VECTORS = 16
+
 
 def kl_divergences(oracle: Tensor, run: Tensor) -> Tensor:
     """Kullback-Leibler divergence `KL(oracle || run)` of each token, in nats; NaN if a logit is NaN.
@@ -49,6 +52,32 @@ def relative_error(oracle: Tensor, run: Tensor) -> float:
     oracle, run = oracle.double(), run.double()
     error, length = (run - oracle).norm(dim=-1), oracle.norm(dim=-1)
     return float(torch.where(error == 0, 0.0, error / length).mean())
+
+
+def vector_errors(oracle: Tensor, run: Tensor) -> Tensor:
+    """The length of the error of each vector, relative to the root mean square length of the reference run's vectors.
+
+    A reference run of fewer than 16 vectors is taken number by number, for a mean over something. Infinity and NaN must
+    be the same in both runs; where they are not, the error is infinite.
+
+    Args:
+        oracle, run: `[vectors, channels]`.
+
+    Returns:
+        `[vectors]` or `[vectors * channels]`, float64.
+    """
+    if oracle.shape != run.shape:
+        return torch.tensor([math.inf])
+    oracle, run = oracle.double(), run.double()
+    if len(oracle) < _FEWEST_VECTORS:
+        oracle, run = oracle.reshape(-1, 1), run.reshape(-1, 1)
+    finite = oracle.isfinite()
+    same = finite == run.isfinite()
+    same &= finite | (oracle.isnan() & run.isnan()) | (oracle == run)
+    error = torch.where(finite, run - oracle, 0.0).norm(dim=-1)
+    length = torch.where(finite, oracle, 0.0).square().sum(-1).mean().sqrt()
+    relative = torch.where(error == 0, 0.0, error / length)
+    return torch.where(same.all(-1), relative, math.inf)
 
 
 def farthest(oracle: Tensor, run: Tensor, count: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@
   converted model must stay within that noise.
 * One model is in memory at a time. A model that does not fit in float64 is streamed from disk (`runs.py`).
 * Weights that are stored quantised are dequantised as they are loaded, where Transformers can do that.
+* A model that is no causal language model is compared by all that it returns (`returned.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from flashnorm.planning.keep import head_weight
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
 from flashnorm.verify.as_loaded import AsLoaded, fits, loaded_continuation, loaded_outputs
 from flashnorm.verify.divergence import farthest, perplexity, sensitivity
+from flashnorm.verify.inputs import FEWEST_IDS, NoInputsError, calls_with_numbers
 from flashnorm.verify.measures import (
     MAX_RATIO,
     NEAR_TIE,
@@ -38,6 +40,7 @@ from flashnorm.verify.measures import (
     within,
 )
 from flashnorm.verify.outputs_report import LogitDifference, OutputsReport
+from flashnorm.verify.returned import ReturnedReport, compare_returned
 from flashnorm.verify.runs import Runner, available_memory, converted_loader, needed_memory, quiet, source_loader
 from flashnorm.verify.text import DEFAULT_TEXT
 
@@ -58,7 +61,7 @@ def verify_outputs(
     trust_remote_code: bool = False,
     stage: Callable[[str], object] = lambda words: None,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> OutputsReport:
+) -> OutputsReport | ReturnedReport:
     """Run source and converted model on a text and compare both with the reference run, the source in float64.
 
     The models count as the same if all of these criteria hold, where `source` and `converted` are runs in the
@@ -78,6 +81,9 @@ def verify_outputs(
     tolerance of 3 standard errors: in a mixture of experts, a rounding error can choose another expert, and a few such
     tokens make up most of the mean. The KL that rounding only the logits would cause counts as zero (`sensitivity` in
     `divergence.py`).
+
+    Of a model that is no causal language model, criteria 1 and 2 must hold for all that it returns (see
+    `compare_returned`).
 
     Args:
         source, converted: folders.
@@ -116,14 +122,13 @@ def compare_outputs(
     trust_remote_code: bool = False,
     stage: Callable[[str], object] = lambda words: None,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> OutputsReport:
+) -> OutputsReport | ReturnedReport:
     """`verify_outputs` for checkpoints that are open already; `result` is the converted one, planned."""
     config = load_config(original.folder, trust_remote_code)
     remote = trust_remote_code and has_code_for(AutoModelForCausalLM, config)
-    if not remote and class_for(AutoModelForCausalLM, config) is None:
-        return OutputsReport(skipped=f"{config.model_type} is no causal language model; only those are run")
-    if head_weight(result.model) is None:
-        return OutputsReport(skipped=f"{type(result.model).__name__} has no output head; only language models are run")
+    # A config of BERT, say, has a causal language model as well, which is not what an encoder's checkpoint holds.
+    causal = remote or class_for(AutoModelForCausalLM, config) is type(result.model)
+    is_language_model = causal and head_weight(result.model) is not None
     dequantised = dequantising(config) if result.quantised else None
     if result.quantised and dequantised is None:
         why = next(iter(result.quantised.values()))
@@ -134,7 +139,7 @@ def compare_outputs(
     tag = main_dtype(original)
     if tag is None:
         return OutputsReport(skipped="no weights are plain floats")
-    dtype, vocabulary = TORCH_DTYPES[tag], config.get_text_config().vocab_size
+    dtype, vocabulary = TORCH_DTYPES[tag], getattr(config.get_text_config(), "vocab_size", None) or FEWEST_IDS
     tokenizer = _tokenizer(original.folder, trust_remote_code)
     tokens = _tokens(tokenizer, text, vocabulary, config)
     # The memory is computed for the converted model, which is the larger one if its head was untied.
@@ -156,10 +161,20 @@ def compare_outputs(
         )
     if steps is None:
         steps = STREAMED_GREEDY_STEPS if streamed else GREEDY_STEPS
+    steps = min(steps, max(1, _positions(config) - PROMPT_TOKENS))
     run = Runner(streamed, progress)
     loading = replace(Loading.of(result), options=always)
-    load_source = source_loader(original.folder, trust_remote_code, **always)
     load_converted = converted_loader(loading)
+    if not is_language_model:
+        load_source = source_loader(original.folder, trust_remote_code, type(blank), **always)
+        try:
+            calls = calls_with_numbers(blank, tokens, dtype)
+            return compare_returned(
+                run, load_source, load_converted, calls, dtype, model_class=type(blank).__name__, stage=stage
+            )
+        except NoInputsError as error:
+            return OutputsReport(skipped=str(error))
+    load_source = source_loader(original.folder, trust_remote_code, **always)
 
     stage("the source in float64, as the reference")
     oracle = run.outputs(load_source, torch.float64, tokens, exact=True)
@@ -271,8 +286,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _tokens(tokenizer: Any, text: str | None, vocabulary: int, config: Any) -> Tensor:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
-    length = min(MAX_TOKENS, positions)
+    length = min(MAX_TOKENS, _positions(config))
     if tokenizer is not None:
         with quiet():
             ids = tokenizer(text if text is not None else DEFAULT_TEXT)["input_ids"][:length]
@@ -284,6 +298,10 @@ def _tokens(tokenizer: Any, text: str | None, vocabulary: int, config: Any) -> T
             f"and {'none' if tokenizer is None else 'a tokenizer that does not make them of it'}; give another text"
         )
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def _positions(config: Any) -> int:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from flashnorm.errors import InputError
 from flashnorm.verify.integrity import UNKNOWN, IntegrityReport
 from flashnorm.verify.layers import layer_kinds
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.report import VerifyReport
 
 
@@ -75,10 +76,12 @@ def html(report: VerifyReport | IntegrityReport) -> str:
     if isinstance(report, IntegrityReport):
         return environment.get_template("integrity.html.j2").render(report=report, unknown=UNKNOWN)
     drawings = {name: svg and Markup(svg) for name, svg in _plots(report).items()}
-    greedy = report.outputs and report.outputs.greedy
+    language = report.outputs if isinstance(report.outputs, OutputsReport) else None
+    greedy = language and language.greedy
     texts = (greedy.source_text or "", greedy.converted_text or "") if greedy else ("", "")
     return environment.get_template("comparison.html.j2").render(
         report=report,
+        language=language,
         layers=layer_kinds(report.conversion.plan),
         plots=drawings,
         common=next(
@@ -90,7 +93,8 @@ def html(report: VerifyReport | IntegrityReport) -> str:
 def _plots(report: VerifyReport) -> dict[str, str | None]:
     from flashnorm.verify.plots import error_by_depth, kl_by_token, rounding_errors
 
-    rounding, outputs = report.weights.rounding, report.outputs
+    rounding = report.weights.rounding
+    outputs = report.outputs if isinstance(report.outputs, OutputsReport) else None
     return {
         "rounding": rounding_errors(rounding) if rounding else None,
         "kl": kl_by_token(outputs) if outputs else None,

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from flashnorm.verify.conversion import Conversion
 from flashnorm.verify.outputs_report import OutputsReport
+from flashnorm.verify.returned import ReturnedReport
 from flashnorm.verify.weights import WeightsReport
 
 # Version of the JSON, which docs/report.md documents.
@@ -34,7 +35,7 @@ class VerifyReport:
     converted: str
     conversion: Conversion
     weights: WeightsReport
-    outputs: OutputsReport | None = None
+    outputs: OutputsReport | ReturnedReport | None = None
 
     @property
     def ok(self) -> bool:
@@ -55,14 +56,19 @@ class VerifyReport:
             return (weights, "outputs: they were not asked for (--weights-only)")
         if self.outputs.skipped is not None:
             return (weights, f"outputs: {self.outputs.skipped}")
+        runtimes = (
+            "other runtimes, devices and dtypes than Transformers on the CPU in "
+            f"{self.outputs.dtype}, float32 and float64"
+        )
+        if isinstance(self.outputs, ReturnedReport):
+            return (weights, *self.outputs.unchecked, runtimes.replace(", float32", ""))
         greedy = len(self.outputs.greedy.source) if self.outputs.greedy else 0
         loaded = self.outputs.as_loaded and self.outputs.as_loaded.unchecked
         return (
             weights,
             *((loaded,) if loaded else ()),
             f"outputs beyond {self.outputs.tokens} tokens of one text and {greedy} tokens of greedy text",
-            "other runtimes, devices and dtypes than Transformers on the CPU in "
-            f"{self.outputs.dtype}, float32 and float64",
+            runtimes,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,7 +129,9 @@ def _weights(report: WeightsReport) -> RenderableType:
     return Group(*parts)
 
 
-def _outputs(report: OutputsReport) -> RenderableType:
+def _outputs(report: OutputsReport | ReturnedReport) -> RenderableType:
+    if isinstance(report, ReturnedReport):
+        return _returned(report)
     if report.skipped is not None:
         return Text.from_markup(f"[yellow]-[/yellow] outputs: not compared, {escape(report.skipped)}")
     if report.source is None or report.converted is None or report.rounding is None or report.greedy is None:
@@ -161,6 +169,24 @@ def _outputs(report: OutputsReport) -> RenderableType:
     if greedy.source_text is not None and greedy.converted_text is not None:
         parts.append(Text(f"  greedy, source:    {greedy.source_text!r}"))
         parts.append(Text(f"  greedy, converted: {greedy.converted_text!r}"))
+    return Group(*parts)
+
+
+def _returned(report: ReturnedReport) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for header in ("  output", f"source, {report.dtype}", f"converted, {report.dtype}", "converted, float64"):
+        table.add_column(header, justify="left" if header == "  output" else "right")
+    for one in report.returned[:_SHOWN]:
+        table.add_row(f"  {one.name}", *(f"{error:.3g}" for error in (one.source, one.converted, one.rounding)))
+    head = (
+        f"outputs: all that {report.model_class} returns, against the source in float64 (relative error of a vector)"
+        + ("; weights from disk, a module at a time" if report.streamed else "")
+    )
+    parts: list[RenderableType] = [_line(report.ok, escape(head)), table]
+    if len(report.returned) > _SHOWN:
+        parts.append(Text(f"  and {len(report.returned) - _SHOWN} more"))
+    for criterion in report.criteria:
+        parts.append(_line(criterion.ok, f"{escape(criterion.asked)}: {escape(criterion.found)}", indent="  "))
     return Group(*parts)
 
 

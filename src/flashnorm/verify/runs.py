@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import psutil
 import torch
@@ -27,6 +27,8 @@ from flashnorm.errors import InputError, brief
 from flashnorm.models.load import Loading, load_all
 from flashnorm.verify.float64 import float64_everywhere
 
+T = TypeVar("T")
+
 # Memory for running code and small tensors, in bytes.
 ROOM = 1 << 29
 
@@ -37,13 +39,11 @@ class Loader(Protocol):
     def __call__(self, dtype: torch.dtype, **options: Any) -> PreTrainedModel: ...
 
 
-def source_loader(source: Path, trust_remote_code: bool, **always: Any) -> Loader:
-    """A loader of the source, by Transformers alone; `always` are arguments of `from_pretrained` for each loading."""
+def source_loader(source: Path, trust_remote_code: bool, base: Any = AutoModelForCausalLM, **always: Any) -> Loader:
+    """A loader of the source by a class of Transformers; `always` are arguments of its `from_pretrained`."""
 
     def load_source(dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        return load_all(
-            AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code, **always, **options
-        ).eval()
+        return load_all(base, source, dtype=dtype, trust_remote_code=trust_remote_code, **always, **options).eval()
 
     return load_source
 
@@ -87,10 +87,17 @@ class Runner:
     @torch.inference_mode()
     def outputs(self, load_model: Loader, dtype: torch.dtype, tokens: Tensor, *, exact: bool = False) -> Outputs:
         """Logits and hidden states for `tokens`, `[tokens]`; `exact` runs the model in true float64."""
+        return self.use(load_model, dtype, lambda model: outputs_of(model, tokens), exact=exact)
+
+    @torch.inference_mode()
+    def use(
+        self, load_model: Loader, dtype: torch.dtype, called: Callable[[PreTrainedModel], T], *, exact: bool = False
+    ) -> T:
+        """What a function makes of a model, which it calls once; `exact` runs the model in true float64."""
         with self._model(load_model, dtype) as model:
             self._count(model, 1)
             with float64_everywhere() if exact else contextlib.nullcontext():
-                return outputs_of(model, tokens)
+                return called(model)
 
     @torch.inference_mode()
     def continuation(self, load_model: Loader, prompt: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """A report as a few lines of Markdown, for a model card."""
 
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.report import VerifyReport
 
 
@@ -20,10 +21,11 @@ def card_summary(report: VerifyReport) -> str:
         + (f"{weights.biases} biases are the rounded sum or quotient; " if weights.biases else "")
         + f"{weights.unchanged} are unchanged; {weights.norms} norm tensors left.",
     ]
-    if outputs is not None and outputs.source and outputs.converted and outputs.rounding:
+    if outputs is not None and outputs.skipped is None:
         lines += [
             f"- {criterion.asked[0].upper()}{criterion.asked[1:]}: {criterion.found}." for criterion in outputs.criteria
         ]
+    if isinstance(outputs, OutputsReport) and outputs.source:
         lines += [
             "",
             f"On {outputs.tokens} tokens, against the source in float64, whose perplexity is "
