@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
         ("faults.py", "bytes", 20),
         ("faults.py", "signals", 10),
         ("faults.py", "pairs", 6),
-        ("commands.py", "signals", 2),
+        ("commands.py", "signals", 1),
     ],
 )
 def test_nothing_breaks(script: str, kind: str, runs: int) -> None:

@@ -21,7 +21,7 @@ from flashnorm.verify.findings import Finding
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.page import check_page, html, write_page
 from flashnorm.verify.plots import error_by_depth, kl_by_token, rounding_errors
-from flashnorm.verify.returned import Returned, ReturnedReport
+from flashnorm.verify.returned import Errors, Returned, ReturnedReport
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -74,9 +74,10 @@ def nasty(report: VerifyReport) -> VerifyReport:
 
 def other(report: VerifyReport) -> VerifyReport:
     """The report of a model that is no causal language model, with markup where it has a say."""
+    small, large = Errors(0.01, 0.008), Errors(0.7, 0.7)
     returned = (
-        Returned(f"forward: {NASTY}", 1000, 0.01, 0.011, 0.002),
-        Returned("forward: mask", 20, 0.7, 0.7, 0.0),
+        Returned(f"forward: {NASTY}", 1000, small, small, small, (small, small)),
+        Returned("forward: mask", 20, large, large, small, (small, large)),
     )
     criteria = outputs(report).criteria[:2]
     return replace(report, outputs=ReturnedReport("ViTMAEModel", "bfloat16", False, returned, criteria))

@@ -6,6 +6,7 @@
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,17 @@ class NoInputsError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """A method of the model, and alternative lists of arguments for it: the first list that works is used, whole."""
+    """A method of the model, and alternative lists of arguments for it: the first list that works is used, whole.
+
+    Attributes:
+        method: name of the method.
+        alternatives: the lists of keyword arguments.
+        name: another one for each call.
+    """
 
     method: str
     alternatives: tuple[tuple[Arguments, ...], ...]
+    name: str
 
     def run(self, model: nn.Module, arguments: Arguments, dtype: torch.dtype) -> Any:
         """Call the method once, with floating-point arguments in a dtype, and the same random numbers every time."""
@@ -64,10 +72,14 @@ def calls_with_numbers(model: PreTrainedModel, tokens: Tensor, dtype: torch.dtyp
         calls = example_calls(model)
     except InputError as error:
         raise NoInputsError(str(error)) from error
-    return [
-        Call(call.method, tuple(tuple(_with_numbers(model, one, tokens, dtype)) for one in call.alternatives))
-        for call in calls
-    ]
+    earlier: Counter[str] = Counter()
+    found = []
+    for call in calls:
+        earlier[call.method] += 1
+        name = call.method if earlier[call.method] == 1 else f"{call.method} ({earlier[call.method]})"
+        numbers = (tuple(_with_numbers(model, one, tokens, dtype)) for one in call.alternatives)
+        found.append(Call(call.method, tuple(numbers), name))
+    return found
 
 
 def _with_numbers(

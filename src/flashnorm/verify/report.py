@@ -177,7 +177,7 @@ def _returned(report: ReturnedReport) -> RenderableType:
     for header in ("  output", f"source, {report.dtype}", f"converted, {report.dtype}", "converted, float64"):
         table.add_column(header, justify="left" if header == "  output" else "right")
     for one in report.returned[:_SHOWN]:
-        table.add_row(f"  {one.name}", *(f"{error:.3g}" for error in (one.source, one.converted, one.rounding)))
+        table.add_row(f"  {one.name}", *(f"{errors.mean:.3g}" for errors in (one.source, one.converted, one.rounding)))
     head = (
         f"outputs: all that {report.model_class} returns, against the source in float64 (relative error of a vector)"
         + ("; weights from disk, a module at a time" if report.streamed else "")

@@ -7,7 +7,7 @@ tensor), relative to the length of the vectors in the reference run, the source 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flashnorm.errors import InputError, brief
-from flashnorm.verify.divergence import vector_errors
+from flashnorm.verify.divergence import standard_error, typical_kl, vector_errors
 from flashnorm.verify.inputs import Call, NoInputsError
 from flashnorm.verify.measures import CHANCE, FLOAT64_NOISE, MAX_RATIO, Criterion
 from flashnorm.verify.runs import Loader, Runner
@@ -32,28 +32,41 @@ _CACHES = {"past_key_values", "cache_params", "cache"}
 
 
 @dataclass(frozen=True)
+class Errors:
+    """How far a run is from the reference run, in one output.
+
+    Attributes:
+        mean: mean relative error of a vector.
+        typical: their geometric mean, where errors below the dtype's epsilon count as epsilon.
+    """
+
+    mean: float
+    typical: float
+
+
+@dataclass(frozen=True)
 class Returned:
     """One tensor that a call returns, and how far runs are from the reference run, the source in float64.
 
     Attributes:
-        name: method and field, such as "forward: last_hidden_state".
+        name: call and field, such as "forward: last_hidden_state".
         numbers: how many numbers were compared.
-        source, converted: mean relative error of a vector in the checkpoint's dtype.
+        source, converted: the runs in the checkpoint's dtype.
         rounding: that of the converted model in float64, which shows only the rounding of the folded weights.
-        spread: the standard error of `source`.
+        limits: the most that `rounding` and `converted` may be.
     """
 
     name: str
     numbers: int
-    source: float
-    converted: float
-    rounding: float
-    spread: float = 0.0
+    source: Errors
+    converted: Errors
+    rounding: Errors
+    limits: tuple[Errors, Errors]
 
     @property
     def judged(self) -> bool:
         """Whether the output can be compared in the checkpoint's dtype: whether the source repeats it there."""
-        return self.source <= MOST_ERROR
+        return self.source.mean <= MOST_ERROR
 
 
 @dataclass(frozen=True)
@@ -108,11 +121,12 @@ def compare_returned(
 ) -> ReturnedReport:
     """Run source and converted model, and compare both with the reference run, the source in float64.
 
-    The models count as the same if two criteria hold for every tensor that they return. They are criteria 1 and 2 of
-    `verify_outputs`, for the mean relative error of a vector in the place of the KL divergence. The tolerance is 3
-    standard errors of the difference, for errors that spread as the source's do. An error below the dtype's epsilon
-    counts as epsilon. The second criterion cannot be asked of an output that the source itself does not repeat in its
-    dtype, such as one that depends on random numbers; in float64, such an output may change by `CHANGED`.
+    The models count as the same if two criteria hold for every tensor that they return: criteria 1 and 2 of
+    `verify_outputs`, with the relative error of a vector in the place of the KL divergence. They must hold for the
+    mean, with a tolerance of 3 standard errors, and for the typical error, which is the geometric mean, with 3 standard
+    errors of the source's. An error below the dtype's epsilon counts as epsilon. The second criterion cannot be asked
+    of an output that the source itself does not repeat in its dtype, such as one that depends on random numbers; in
+    float64, the mean error of such an output may be `CHANGED`.
 
     Args:
         run: how models are run.
@@ -159,13 +173,15 @@ def compare_returned(
     stage("the converted model in float64")
     rounding = outputs(load_converted, torch.float64, exact=True)
     floor = max(torch.finfo(dtype).eps, FLOAT64_NOISE)
-    returned = tuple(_measured(name, oracle[name], source[name], converted[name], rounding[name]) for name in oracle)
+    returned = tuple(
+        _measured(name, oracle[name], source[name], converted[name], rounding[name], floor) for name in oracle
+    )
     return ReturnedReport(
         model_class=model_class,
         dtype=named,
         streamed=run.streamed,
         returned=returned,
-        criteria=tuple(_criteria(returned, named, floor)),
+        criteria=tuple(_criteria(returned, named)),
     )
 
 
@@ -177,7 +193,7 @@ def _first_that_work(model: PreTrainedModel, calls: Sequence[Call]) -> tuple[lis
         problems: list[Exception] = []
         for alternative in call.alternatives:
             try:
-                one = Call(call.method, (alternative,))
+                one = replace(call, alternatives=(alternative,))
                 found |= _outputs(model, [one], torch.float64)
                 chosen.append(one)
                 break
@@ -197,7 +213,7 @@ def _outputs(model: PreTrainedModel, calls: Sequence[Call], dtype: torch.dtype) 
         for arguments in call.alternatives[0]:
             for name, tensor in _tensors(call.run(model, arguments, dtype), ""):
                 vectors = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-                found.setdefault(f"{call.method}: {name or 'result'}", []).append(vectors)
+                found.setdefault(f"{call.name}: {name or 'result'}", []).append(vectors)
     if not found:
         raise ValueError("it returns no floating-point numbers")
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -217,31 +233,50 @@ def _tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}.{number}".lstrip("."))
 
 
-def _measured(name: str, oracle: Tensor, source: Tensor, converted: Tensor, rounding: Tensor) -> Returned:
+def _measured(name: str, oracle: Tensor, source: Tensor, converted: Tensor, rounding: Tensor, floor: float) -> Returned:
     by_source, by_converted, by_rounding = (vector_errors(oracle, run) for run in (source, converted, rounding))
-    spread = float(by_source.std(correction=0)) / math.sqrt(len(by_source))
-    at_source, at_converted, at_rounding = (float(errors.mean()) for errors in (by_source, by_converted, by_rounding))
-    return Returned(name, oracle.numel(), at_source, at_converted, at_rounding, spread)
+    return Returned(
+        name,
+        oracle.numel(),
+        *(Errors(float(one.mean()), typical_kl(one.tolist(), floor)) for one in (by_source, by_converted, by_rounding)),
+        limits=(_limit(by_source, by_rounding, 1.0, floor), _limit(by_source, by_converted, MAX_RATIO, floor)),
+    )
 
 
-def _criteria(returned: Sequence[Returned], dtype: str, floor: float) -> Iterator[Criterion]:
-    def limit(one: Returned, ratio: float) -> float:
-        return ratio * max(one.source, floor) + CHANCE * math.hypot(1, ratio) * one.spread
+def _limit(source: Tensor, run: Tensor, ratio: float, floor: float) -> Errors:
+    """The most that a run's errors may be, if they are chance like the source's, and `ratio` times as large."""
+    if not source.mean() <= MOST_ERROR:
+        return Errors(CHANGED, math.inf)
+    chance = CHANCE * standard_error(run.tolist(), source.tolist(), ratio)
+    logs = source.clamp_min(floor).log()
+    typical = CHANCE * math.sqrt(2 / len(logs)) * float(logs.std(correction=0))
+    return Errors(
+        ratio * max(float(source.mean()), floor) + (chance if math.isfinite(chance) else 0.0),
+        ratio * typical_kl(source.tolist(), floor) * math.exp(typical),
+    )
 
-    def worst(asked: str, found: Sequence[tuple[str, float, float]]) -> Criterion:
-        name, error, most = max(found, key=lambda one: one[1] / one[2] if math.isfinite(one[1]) else math.inf)
+
+def _criteria(returned: Sequence[Returned], dtype: str) -> Iterator[Criterion]:
+    def worst(asked: str, found: Sequence[tuple[str, Errors, Errors]]) -> Criterion:
+        pairs = [
+            (name, kind, getattr(errors, kind), getattr(limit, kind))
+            for name, errors, limit in found
+            for kind in ("mean", "typical")
+        ]
+        name, kind, error, most = max(pairs, key=lambda one: one[2] / one[3] if math.isfinite(one[2]) else math.inf)
         return Criterion(
             asked,
-            f"the nearest to its limit of {len(found)} is {name}: {error:.3g}, at most {most:.3g}",
-            all(error <= most for _, error, most in found),
+            f"of {len(found)} outputs, the {kind} error of {name} is the nearest to its limit: {error:.3g}, at most "
+            f"{most:.3g}",
+            all(error <= most for _, _, error, most in pairs),
         )
 
     yield worst(
         f"in float64, the converted one is no farther from the reference than {dtype} takes the source",
-        [(one.name, one.rounding, limit(one, 1.0) if one.judged else CHANGED) for one in returned],
+        [(one.name, one.rounding, one.limits[0]) for one in returned],
     )
     if judged := [one for one in returned if one.judged]:
         yield worst(
             f"in {dtype}, it is at most {MAX_RATIO:g} times as far as the source",
-            [(one.name, one.converted, limit(one, MAX_RATIO)) for one in judged],
+            [(one.name, one.converted, one.limits[1]) for one in judged],
         )
