@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from flashnorm.models.status import Status, status
     from flashnorm.plan import Fold, FoldPlan, Kept, Kind, Linear
     from flashnorm.planning.planned import plan
+    from flashnorm.planning.removable import removable
+    from flashnorm.removable import Division, Removable
     from flashnorm.verify import IntegrityReport, VerifyReport, verify
     from flashnorm.verify.adapter import AdapterReport, verify_adapter
 
@@ -30,6 +32,7 @@ __all__ = [
     "AdapterResult",
     "ConvertResult",
     "DifferenceError",
+    "Division",
     "DryRun",
     "Fold",
     "FoldPlan",
@@ -38,6 +41,7 @@ __all__ = [
     "Kept",
     "Kind",
     "Linear",
+    "Removable",
     "Status",
     "VerifyReport",
     "convert",
@@ -48,6 +52,7 @@ __all__ = [
     "optimize",
     "plan",
     "push",
+    "removable",
     "status",
     "verify",
     "verify_adapter",
@@ -59,6 +64,7 @@ _HOMES = {
     "AdapterResult": "flashnorm.convert.adapter",
     "ConvertResult": "flashnorm.convert",
     "DifferenceError": "flashnorm.errors",
+    "Division": "flashnorm.removable",
     "DryRun": "flashnorm.convert.dry_run",
     "Fold": "flashnorm.plan",
     "FoldPlan": "flashnorm.plan",
@@ -67,6 +73,7 @@ _HOMES = {
     "Kept": "flashnorm.plan",
     "Kind": "flashnorm.plan",
     "Linear": "flashnorm.plan",
+    "Removable": "flashnorm.removable",
     "Status": "flashnorm.models.status",
     "VerifyReport": "flashnorm.verify",
     "convert": "flashnorm.convert",
@@ -77,6 +84,7 @@ _HOMES = {
     "optimize": "flashnorm.models.optimize",
     "plan": "flashnorm.planning.planned",
     "push": "flashnorm.convert.push",
+    "removable": "flashnorm.planning.removable",
     "status": "flashnorm.models.status",
     "verify": "flashnorm.verify",
     "verify_adapter": "flashnorm.verify.adapter",

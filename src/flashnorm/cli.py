@@ -84,11 +84,19 @@ def plan(
     as_json: AsJson = False,
     untie: Untie = False,
     keep: Keep = None,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Show instead which norms' divisions cancel in norms behind them.")
+    ] = False,
     revision: Revision = None,
     subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show which norms fold into which linear layers, which are kept, and why. Needs config.json only."""
+    if cancel:
+        if keep:
+            raise InputError("expected --cancel without --keep, which says what is not to fold, found both")
+        _print_removable(model, as_json, untie, revision, subfolder, trust_remote_code)
+        return
     from flashnorm.hub import local_folder
     from flashnorm.plan import Kind
     from flashnorm.planning.checks import quantizations
@@ -109,6 +117,24 @@ def plan(
             f"The config declares {section}, but only the weights tell which of them are stored quantised; a norm that "
             "one of these reads is kept. See convert --dry-run."
         )
+
+
+def _print_removable(
+    model: str, as_json: bool, untie: bool, revision: str | None, subfolder: str, trust_remote_code: bool
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from flashnorm.planning.removable import removable
+
+    found = removable(model, revision=revision, subfolder=subfolder, untie=untie, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(found.to_json())
+        return
+    table = Table("norm", "count", "its division", "where", caption=found.division_summary(), caption_justify="left")
+    for row in found.division_rows():
+        table.add_row(*map(Text, (row.norm, str(row.count), row.verdict, row.what)))
+    _console().print(table)
 
 
 @app.command(cls=_Command)
