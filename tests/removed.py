@@ -182,3 +182,34 @@ def prove(model: nn.Module, found: Removable, run: Run) -> dict[str, str]:
                 verdict = "proven" if right else f"WRONG: {change:.0e}" if cancels else "open: no output changes"
         verdicts[(reader and reader.weight) or division.norm] = verdict
     return verdicts
+
+
+def prove_centred(model: nn.Module, found: Removable, run: Run) -> dict[str, str]:
+    """What numbers say of each LayerNorm that is claimed to become an RMSNorm, by norm.
+
+    All writers are centred, for good. Then what the LayerNorm reads must have a mean of zero, and no output may change.
+    """
+    before = outputs(model, run)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for writer in dict.fromkeys(writer for one in found.centred for writer in one.writers):
+            parameter = parameters[writer.name]
+            parameter -= parameter.mean(writer.axis, keepdim=True)
+    means: dict[str, float] = {}
+    hooks: list[Any] = []
+    for one in found.centred:
+
+        def enter(module: nn.Module, args: tuple[Tensor, ...], norm: str = one.norm) -> None:
+            mean = args[0].mean(-1).abs().max() / args[0].abs().max()
+            means[norm] = max(means.get(norm, 0.0), float(mean))
+
+        hooks.append(model.get_submodule(one.norm).register_forward_pre_hook(enter))
+    after = outputs(model, run)
+    for hook in hooks:
+        hook.remove()
+    finite = before.isfinite()
+    change = float((after - before)[finite].abs().max() / before[finite].abs().max())
+    return {
+        one.norm: "proven" if change <= LIMIT and means.get(one.norm, 1.0) <= LIMIT else f"WRONG: {change:.0e}"
+        for one in found.centred
+    }

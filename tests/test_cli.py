@@ -71,6 +71,20 @@ def test_plan_says_which_divisions_cancel(run: Commands, source: Path, tmp_path:
     assert run("plan", tmp_path, "--cancel").stdout.strip().endswith("divisions of norms, none of which cancels")
 
 
+def test_plan_says_which_means_can_be_zero(run: Commands, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(tiny.config("gpt2", n_layer=1).to_json_string())
+    tied = run("plan", tmp_path, "--center")
+    assert (tied.returncode, tied.stderr) == (0, "")
+    assert "tied: lm_head.weight is transformer.wte.weight" in " ".join(tied.stdout.replace("│", "").split())
+    assert tied.stdout.strip().endswith("gpt2: 3 norms subtract a mean, 0 of which can become RMSNorms")
+    untied = run("plan", tmp_path, "--center", "--cancel", "--untie").stdout
+    assert "gpt2: 3 divisions of norms, none of which cancels" in untied
+    assert untied.strip().endswith("3 of which can become RMSNorms")
+    first = json.loads(run("plan", tmp_path, "--center", "--untie", "--json").stdout)["centrings"][0]
+    assert (first["norm"], first["removable"], first["escapes"]) == ("transformer.h.0.ln_1", True, [])
+    assert {"name": "transformer.wte.weight", "axis": 1} in first["writers"]
+
+
 def test_plan_says_that_a_quantisation_is_declared(run: Commands, source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

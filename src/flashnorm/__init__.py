@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from flashnorm.plan import Fold, FoldPlan, Kept, Kind, Linear
     from flashnorm.planning.planned import plan
     from flashnorm.planning.removable import removable
-    from flashnorm.removable import Division, Removable
+    from flashnorm.removable import Centring, Division, Removable
     from flashnorm.verify import IntegrityReport, VerifyReport, verify
     from flashnorm.verify.adapter import AdapterReport, verify_adapter
 
 __all__ = [
     "AdapterReport",
     "AdapterResult",
+    "Centring",
     "ConvertResult",
     "DifferenceError",
     "Division",
@@ -62,6 +63,7 @@ __all__ = [
 _HOMES = {
     "AdapterReport": "flashnorm.verify.adapter",
     "AdapterResult": "flashnorm.convert.adapter",
+    "Centring": "flashnorm.removable",
     "ConvertResult": "flashnorm.convert",
     "DifferenceError": "flashnorm.errors",
     "Division": "flashnorm.removable",

@@ -87,15 +87,18 @@ def plan(
     cancel: Annotated[
         bool, typer.Option("--cancel", help="Show instead which norms' divisions cancel in norms behind them.")
     ] = False,
+    center: Annotated[
+        bool, typer.Option("--center", help="Show instead which LayerNorms become RMSNorms if weights are centred.")
+    ] = False,
     revision: Revision = None,
     subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show which norms fold into which linear layers, which are kept, and why. Needs config.json only."""
-    if cancel:
+    if cancel or center:
         if keep:
-            raise InputError("expected --cancel without --keep, which says what is not to fold, found both")
-        _print_removable(model, as_json, untie, revision, subfolder, trust_remote_code)
+            raise InputError("expected --cancel or --center without --keep, which says what is not to fold, found both")
+        _print_removable(model, cancel, center, as_json, untie, revision, subfolder, trust_remote_code)
         return
     from flashnorm.hub import local_folder
     from flashnorm.plan import Kind
@@ -120,7 +123,14 @@ def plan(
 
 
 def _print_removable(
-    model: str, as_json: bool, untie: bool, revision: str | None, subfolder: str, trust_remote_code: bool
+    model: str,
+    cancel: bool,
+    center: bool,
+    as_json: bool,
+    untie: bool,
+    revision: str | None,
+    subfolder: str,
+    trust_remote_code: bool,
 ) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -131,10 +141,13 @@ def _print_removable(
     if as_json:
         print(found.to_json())
         return
-    table = Table("norm", "count", "its division", "where", caption=found.division_summary(), caption_justify="left")
-    for row in found.division_rows():
-        table.add_row(*map(Text, (row.norm, str(row.count), row.verdict, row.what)))
-    _console().print(table)
+    divisions = ("its division", found.division_rows(), found.division_summary())
+    means = ("its mean", found.centring_rows(), found.centring_summary())
+    for heading, rows, summary in ([divisions] if cancel else []) + ([means] if center else []):
+        table = Table("norm", "count", heading, "why", caption=summary, caption_justify="left")
+        for row in rows:
+            table.add_row(*map(Text, (row.norm, str(row.count), row.verdict, row.what)))
+        _console().print(table if rows else summary)
 
 
 @app.command(cls=_Command)

@@ -11,6 +11,7 @@ from flashnorm.removable import Removable
 from flashnorm.trace.build import meta_model
 from flashnorm.trace.planner import trace
 from flashnorm.trace.scales import FACTORS, divisions
+from flashnorm.trace.streams import STREAMS, centrings
 
 
 def removable(
@@ -22,9 +23,10 @@ def removable(
     untie: bool = False,
     trust_remote_code: bool = False,
 ) -> Removable:
-    """Which divisions of norms cancel, read off the model's code. No weights are read.
+    """Which divisions of norms cancel, and which LayerNorms can become RMSNorms, read off the model's code.
 
-    A division cancels if everything that reads the norm is normalised again (FlashNorm, proposition 3).
+    A division cancels if everything that reads the norm is normalised again (FlashNorm, proposition 3). A LayerNorm
+    subtracts nothing if everything that writes into its input has a mean of zero. No weights are read.
 
     Args:
         source: a folder with `config.json`, a hub id, a config, or a module on any device.
@@ -44,6 +46,6 @@ def removable(
         model = meta_model(config, untie, trust_remote_code)
         if untie:
             tied_model(config, trace(model, example_inputs), trust_remote_code, example_inputs)
-    factors = trace(model, example_inputs, FACTORS)
+    factors, streams = (trace(model, example_inputs, analysis) for analysis in (FACTORS, STREAMS))
     model_type = str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)
-    return Removable(model_type, divisions(factors))
+    return Removable(model_type, divisions(factors), centrings(streams))

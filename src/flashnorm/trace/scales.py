@@ -11,7 +11,7 @@
 * Everything else is an escape, with its operator and its place: the division is needed there.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from flashnorm.compat.torch import tree_leaves
 from flashnorm.plan import Kept, Kind
 from flashnorm.removable import Division, Ending, Reader
 from flashnorm.trace.planner import Analysis
-from flashnorm.trace.records import GainRecord, Records, Use, unknown
+from flashnorm.trace.records import GainRecord, Records, Use, not_reached
 from flashnorm.trace.rules import RULES, Call, Rule, contraction, elementwise, propagate, reductions
 from flashnorm.trace.rules.call import UnknownError
 from flashnorm.trace.rules.reasons import ANOTHER_USE, DIFFERENT, MIXES, NON_LINEAR, TWICE, WITHOUT
@@ -424,20 +424,10 @@ def divisions(tracer: Tracer) -> tuple[Division, ...]:
     for key, factor in records.factors.items():
         readers = found[records.sites[factor.site]]
         reader = readers.get(factor.weight, Reader(factor.weight))
-        escapes = [*reader.escapes, *records.gains[key].escapes, *_not_reached(records.gains[key].received_by, unread)]
+        escapes = [*reader.escapes, *records.gains[key].escapes, *not_reached(records.gains[key].received_by, unread)]
         endings = [*reader.endings, *records.endings.get(key, ())]
         readers[factor.weight] = Reader(factor.weight, tuple(dict.fromkeys(endings)), tuple(dict.fromkeys(escapes)))
     return tuple(
         Division(norm, where, tuple(reader for reader in readers.values() if reader.endings or reader.escapes))
         for (norm, where), readers in found.items()
     )
-
-
-def _not_reached(modules: Collection[str], unread: Sequence[str]) -> list[Kept]:
-    """Reasons for each module that was given a scaled activation, but of which a parameter was not read."""
-    return [
-        replace(unknown(f"{name} may read it, but the trace did not reach it"), where=module)
-        for module in sorted(modules)
-        for name in unread
-        if name.startswith(f"{module}." if module else "")
-    ]
