@@ -72,14 +72,14 @@ def test_plan_says_which_divisions_cancel(run: Commands, source: Path, tmp_path:
 
 
 def test_plan_says_which_means_can_be_zero(run: Commands, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(tiny.config("gpt2", n_layer=1).to_json_string())
+    (tmp_path / "config.json").write_text(tiny.config("gpt2").to_json_string())
     tied = run("plan", tmp_path, "--center")
     assert (tied.returncode, tied.stderr) == (0, "")
     assert "tied: lm_head.weight is transformer.wte.weight" in " ".join(tied.stdout.replace("│", "").split())
-    assert tied.stdout.strip().endswith("gpt2: 3 norms subtract a mean, 0 of which can become RMSNorms")
+    assert tied.stdout.strip().endswith("gpt2: 5 norms subtract a mean, 0 of which can become RMSNorms")
     untied = run("plan", tmp_path, "--center", "--cancel", "--untie").stdout
-    assert "gpt2: 3 divisions of norms, none of which cancels" in untied
-    assert untied.strip().endswith("3 of which can become RMSNorms")
+    assert "gpt2: 5 divisions of norms, none of which cancels" in untied
+    assert untied.strip().endswith("5 of which can become RMSNorms")
     first = json.loads(run("plan", tmp_path, "--center", "--untie", "--json").stdout)["centrings"][0]
     assert (first["norm"], first["removable"], first["escapes"]) == ("transformer.h.0.ln_1", True, [])
     assert {"name": "transformer.wte.weight", "axis": 1} in first["writers"]
