@@ -87,27 +87,27 @@ def spread(numbers: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def changed(
-    model: nn.Module, run: Run, before: Tensor, division: Division, reader: Reader | None, with_eps: bool = True
+    model: nn.Module, run: Run, before: Tensor, division: Division, part: bool = False, with_eps: bool = True
 ) -> float:
-    """The largest change of any output, relative to the largest, if a division is scaled; infinite if none is finite.
+    """The largest change of any output, relative to the largest, if a division is scaled.
 
     Args:
         model, run: the model, and what gives all its outputs.
         before: its outputs as it is.
-        division: the norm whose output is scaled; or, if `reader` is one of its readers, what that reads.
+        division: the norm whose output is scaled.
+        part: scale only what those linear layers read behind which it cancels.
         with_eps: whether the `eps` of the norms behind is scaled as claimed.
     """
     scaled = _Scaled(seed=3)
-    readers = division.readers if reader is None else (reader,)
+    readers = cancelling(division) if part else division.readers
     hooks: list[Any] = []
-    if reader is None:
+    if not part:
         norm = model.get_submodule(division.norm)
         if next(norm.children(), None) is not None:
             raise ValueError(f"{division.norm} does more than to normalise")
         hooks.append(norm.register_forward_hook(scaled.output))
-    else:
-        assert reader.weight is not None
-        linear = model.get_submodule(reader.weight.removesuffix(".weight"))
+    for reader in readers if part else ():
+        linear = model.get_submodule(str(reader.weight).removesuffix(".weight"))
         hooks.append(linear.register_forward_pre_hook(scaled.input))
     endings = {ending.norm: ending for one in readers for ending in one.endings if with_eps}
     restored: list[tuple[nn.Module, str, float]] = []
@@ -148,39 +148,42 @@ def _scaled_eps(norm: nn.Module, name: str, ending: Ending, scaled: _Scaled) -> 
     return [norm.register_forward_pre_hook(enter)]
 
 
-def claims(found: Removable) -> list[tuple[Division, Reader | None, bool]]:
-    """What is claimed: of a division, as a whole or behind one linear layer, that it cancels or that it is needed."""
-    made: list[tuple[Division, Reader | None, bool]] = []
+def cancelling(division: Division) -> list[Reader]:
+    """The linear layers behind which all of a division cancels."""
+    return [one for one in division.readers if one.weight and one.endings and not one.escapes]
+
+
+def claims(found: Removable) -> list[tuple[Division, bool, bool]]:
+    """What is claimed: a division, whether it is only about a part of its readers, and whether it cancels there."""
+    made: list[tuple[Division, bool, bool]] = []
     for division in found.divisions:
-        if division.verdict is Verdict.UNREAD:
-            continue
-        made.append((division, None, division.verdict is Verdict.CANCELS))
-        for reader in division.readers if division.verdict is Verdict.IN_PART else ():
-            if reader.weight and reader.endings and not reader.escapes:
-                made.append((division, reader, True))
+        if division.verdict is not Verdict.UNREAD:
+            made.append((division, False, division.verdict is Verdict.CANCELS))
+        if division.verdict is Verdict.IN_PART and cancelling(division):
+            made.append((division, True, True))
     return made
 
 
 def prove(model: nn.Module, found: Removable, run: Run) -> dict[str, str]:
-    """What numbers say of each claim: "proven", "WRONG", or why nothing can be said; by norm, or by linear layer.
+    """What numbers say of each claim: "proven", "WRONG", or why nothing can be said; by norm.
 
     That a division is needed is proven with tiny `eps`, which take no part in what is scaled then.
     """
     verdicts: dict[str, str] = {}
     before: dict[float, Tensor] = {}
-    for division, reader, cancels in claims(found):
+    for division, part, cancels in claims(found):
         eps = EPS if cancels else TINY
         with large_eps(model, eps):
             try:
                 if eps not in before:
                     before[eps] = outputs(model, run)
-                change = changed(model, run, before[eps], division, reader)
+                change = changed(model, run, before[eps], division, part)
             except Exception as error:
                 verdict = f"open: {type(error).__name__}: {error}"
             else:
                 right = change <= LIMIT if cancels else not change <= CHANGE
                 verdict = "proven" if right else f"WRONG: {change:.0e}" if cancels else "open: no output changes"
-        verdicts[(reader and reader.weight) or division.norm] = verdict
+        verdicts[division.norm + (" in part" if part else "")] = verdict
     return verdicts
 
 

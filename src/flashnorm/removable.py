@@ -35,7 +35,7 @@ class Ending:
 
     Attributes:
         norm: the module of that norm.
-        power: its `eps` becomes `eps * r(x)^power`; None if it has none.
+        power: its `eps` becomes `eps * r(x)^power`, for all readers of the division together; None if it has none.
     """
 
     norm: str

@@ -20,7 +20,7 @@ import removed
 from architectures import causal, sweep
 from architectures.configs import LEFT_OUT, tiny_config
 from flashnorm.errors import brief
-from flashnorm.plan import Kind
+from flashnorm.plan import Kind, pattern
 from flashnorm.planning.removable import removable
 from flashnorm.removable import Removable, Verdict
 from flashnorm.trace.build import model_class
@@ -73,14 +73,19 @@ def examine(model_type: str) -> Row:
         str(len(found.divisions)),
         str(len(found.of_verdict(Verdict.CANCELS))),
         str(len(found.of_verdict(Verdict.IN_PART))),
-        ", ".join(dict.fromkeys(row.norm.rpartition("*.")[2] for row in _removed(found))),
+        ", ".join(dict.fromkeys(_short(one.norm) for one in _removed(found))),
         _of(verdicts),
         str(len(found.centrings)),
         str(len(found.centred)),
         str(len(untied.centred)) if untied is not found else "",
         _of(means),
-        "; ".join(dict.fromkeys(sweep._short(f"{norm}: {why}")[:90] for norm, why in verdicts.items() if _open(why))),
+        "; ".join(dict.fromkeys(f"{_short(norm)}: {why}"[:90] for norm, why in verdicts.items() if _open(why))),
     )
+
+
+def _short(norm: str) -> str:
+    """The name within its layer."""
+    return pattern(norm).rpartition("*.")[2]
 
 
 def _removed(found: Removable) -> list[removed.Division]:

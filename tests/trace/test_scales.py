@@ -215,6 +215,25 @@ def test_a_norm_shared_by_two_blocks() -> None:
     }
 
 
+class Gated(Pair):
+    """The same division behind two linear layers, which meet ahead of the norm: as in BitNet's MLP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.second(torch.relu(self.linear(h)).square() * self.other(h).mean(-1, keepdim=True))
+
+
+def test_powers_of_two_readers_add_up() -> None:
+    module = Gated()
+    module.other = nn.Linear(CHANNELS, 2, bias=False)
+    nn.init.normal_(module.other.weight)
+    division = first(module)
+    assert [(one.weight, one.endings) for one in division.readers] == [
+        ("linear.weight", (Ending("second", 6),)),
+        ("other.weight", (Ending("second", 6),)),
+    ]
+
+
 def test_a_write_into_memory_that_others_share() -> None:
     class Writes(Pair):
         def forward(self, x: Tensor) -> Tensor:
@@ -238,8 +257,8 @@ def test_eps_that_matters() -> None:
 
     with removed.large_eps(module):
         before = removed.outputs(module, run)
-        assert removed.changed(module, run, before, found.divisions[0], None) < removed.LIMIT
-        assert removed.changed(module, run, before, found.divisions[0], None, with_eps=False) > 0.1
+        assert removed.changed(module, run, before, found.divisions[0]) < removed.LIMIT
+        assert removed.changed(module, run, before, found.divisions[0], with_eps=False) > 0.1
 
 
 # Model type -> the verdict of the norm ahead of attention, and what is said of each of its readers.
@@ -264,6 +283,16 @@ def test_models(model_type: str) -> None:
     }
     model = causal.build(model_type)
     verdicts = removed.prove(model, found, causal.run)
+    assert {*verdicts.values()} == {"proven"}, verdicts
+
+
+def test_bitnet_mlp() -> None:
+    """`norm(relu(gate x)^2 * up x)` is of degree three: the norm ahead of the MLP does nothing."""
+    found = removable(configs.tiny_config("bitnet"))
+    assert [one.norm for one in found.of_verdict(Verdict.CANCELS)] == [
+        f"model.layers.{layer}.post_attention_layernorm" for layer in (0, 1)
+    ]
+    verdicts = removed.prove(causal.build("bitnet"), found, causal.run)
     assert {*verdicts.values()} == {"proven"}, verdicts
 
 

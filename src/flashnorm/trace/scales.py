@@ -11,7 +11,7 @@
 * Everything else is an escape, with its operator and its place: the division is needed there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class Factor:
         weight: the linear layer behind which it is; None until there is one.
         degree: the power of `1 / r`.
         with_eps: an `eps` has been added, and the root has not been taken yet.
-        power: the power of `r` that this `eps` takes; None if no `eps` was added.
+        power: the power of `r` that this `eps` takes, for all factors of the division; None if no `eps` was added.
     """
 
     site: int
@@ -264,9 +264,17 @@ def _with_eps(call: Call, value: Value, is_eps: bool, statistic: bool) -> Value:
         if not is_eps or factor.with_eps or factor.power is not None:
             call.escape(key, _NUMBER)
             del gains[key]
-    before_root = not value.statistic
-    noted = _changed(call, Value(gains=gains), lambda one: replace(one, with_eps=before_root, power=one.degree))
+    before_root, degrees = not value.statistic, _degrees(call, gains)
+    noted = _changed(call, Value(gains=gains), lambda one: replace(one, with_eps=before_root, power=degrees[one.site]))
     return Value(gains=noted, statistic=statistic)
+
+
+def _degrees(call: Call, gains: Iterable[str]) -> dict[int, float]:
+    """Division -> the degree of its factors together: behind two linear layers (gate and up), it is there twice."""
+    degrees: dict[int, float] = {}
+    for factor in map(_records(call).factors.__getitem__, gains):
+        degrees[factor.site] = degrees.get(factor.site, 0) + factor.degree
+    return degrees
 
 
 def _statistic(value: Value, statistic: bool) -> Value:
@@ -289,11 +297,11 @@ def layer_norm(call: Call) -> list[Value]:
 def _norm(call: Call, bias: Tensor | None) -> list[Value]:
     out = call.out[0] if isinstance(call.out, tuple) else call.out
     value, dims = call.value(call.args[0]), range(-len(call.args[1]), 0)
-    records = _records(call)
+    records, degrees = _records(call), _degrees(call, value.gains)
     for key, index in value.gains.items():
         if constant_along(index, tuple(dim % out.dim() for dim in dims)) and (written_once(index) != UNKNOWN).all():
             factor = records.factors[key]
-            records.end(replace(factor, degree=0), 2 * factor.degree)
+            records.end(replace(factor, degree=0), 2 * degrees[factor.site])
         else:
             call.escape(key, MIXES)
     outer = out.shape[: out.dim() - len(dims)]
