@@ -101,8 +101,15 @@ def _heads(self: Pair, x: Tensor) -> Tensor:
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-300)
 
 
+def _rotated(self: Pair, x: Tensor) -> Tensor:
+    pairs = self.linear(self.first(x)).reshape(*x.shape[:2], 3, 2)
+    turned = torch.view_as_complex(pairs) * torch.polar(torch.ones(3), torch.arange(3.0)).to(x.device, torch.complex128)
+    return self.second(torch.view_as_real(turned).flatten(2))
+
+
 @pytest.mark.parametrize(
-    ("forward", "power"), [(_squared, 4), (_gated, 4), (_root, None), (_normalised, 1), (_joined, 2), (_heads, 2)]
+    ("forward", "power"),
+    [(_rotated, 2), (_squared, 4), (_gated, 4), (_root, None), (_normalised, 1), (_joined, 2), (_heads, 2)],
 )
 def test_what_commutes_with_a_scale(forward: Callable[[Pair, Tensor], Tensor], power: float | None) -> None:
     module = type("Module", (Pair,), {"forward": forward})()

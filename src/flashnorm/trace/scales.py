@@ -215,6 +215,21 @@ def same_sign(call: Call) -> Value:
     return replace(call.value(call.args[0]), statistic=False)
 
 
+def as_complex(call: Call) -> Value:
+    """`view_as_complex`: pairs of channels as one complex number, which carries a factor that both carry."""
+    value, dim = call.value(call.args[0]), call.args[0].dim() - 1
+    gains = {key: index.select(dim, 0) for key, index in value.gains.items() if constant_along(index, dim)}
+    for key in value.gains.keys() - gains.keys():
+        call.escape(key, DIFFERENT)
+    return Value(gains=gains)
+
+
+def as_real(call: Call) -> Value:
+    """`view_as_real`: complex numbers as pairs of channels."""
+    value = call.value(call.args[0])
+    return Value(gains={key: index.unsqueeze(-1).expand(call.out.shape) for key, index in value.gains.items()})
+
+
 # --- statistics
 
 
@@ -349,6 +364,8 @@ _OTHERS: dict[Callable[[Call], Any], str] = {
     _powers(2): "square",
     _powers(-1): "reciprocal",
     same_sign: "relu abs leaky_relu",
+    as_complex: "view_as_complex",
+    as_real: "view_as_real",
     reduce: "sum mean",
     variance: "var",
     vector_norm: "linalg_vector_norm",
