@@ -182,6 +182,10 @@ def _number(self: Pair, x: Tensor) -> Tensor:
     return self.second(self.linear(self.first(x)) + 1)
 
 
+def _rounded(self: Pair, x: Tensor) -> Tensor:
+    return self.second(torch.div(self.linear(self.first(x)), 0.1, rounding_mode="floor"))
+
+
 def _number_of_a_statistic(self: Pair, x: Tensor) -> Tensor:
     """`1 + mean`, which no root is taken of, is no norm's."""
     h = self.linear(self.first(x))
@@ -196,6 +200,7 @@ def _number_of_a_statistic(self: Pair, x: Tensor) -> Tensor:
         (_half, "it adds up different tokens"),
         (_two_powers, "it adds a tensor that is not scaled"),
         (_number, "it adds a number"),
+        (_rounded, "unknown operator"),
         (_number_of_a_statistic, "it adds a number"),
     ],
 )

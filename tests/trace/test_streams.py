@@ -161,6 +161,18 @@ def _tied(self: Block, ids: Tensor) -> Tensor:
     return self.norm(self.begin(ids)) @ self.embed.weight.t()
 
 
+def _tied_to_a_multiple(self: Block, ids: Tensor) -> Tensor:
+    return self.norm(self.begin(ids)) @ (0.5 * self.embed.weight).t()
+
+
+def _reciprocal(self: Block, ids: Tensor) -> Tensor:
+    return self.head(self.norm(1 / self.begin(ids)))
+
+
+def _rounded(self: Block, ids: Tensor) -> Tensor:
+    return self.head(self.norm(torch.div(self.begin(ids), 0.1, rounding_mode="floor")))
+
+
 def _masked_channels(self: Block, ids: Tensor) -> Tensor:
     x = self.begin(ids)
     return self.head(self.norm(x.masked_fill(torch.arange(CHANNELS, device=ids.device).expand(x.shape) > 2, 0)))
@@ -178,6 +190,9 @@ def _masked_channels(self: Block, ids: Tensor) -> Tensor:
         (_output, "an output of the model"),
         (_part, "other channels"),
         (_tied, "embed.weight has another use"),
+        (_tied_to_a_multiple, "embed.weight has another use"),
+        (_reciprocal, "is no sum"),
+        (_rounded, "is no sum"),
         (_masked_channels, "different numbers"),
     ],
 )

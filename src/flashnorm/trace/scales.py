@@ -147,6 +147,8 @@ def divide(call: Call) -> Value:
 
 
 def _product(call: Call, sign: int) -> Value:
+    if call.kwargs:
+        raise UnknownError  # it rounds
     a, b = (call.value(argument) for argument in call.args[:2])
     if not call.is_tensor(0):
         gains = _changed(call, b, lambda factor: replace(factor, degree=sign * factor.degree))

@@ -287,14 +287,15 @@ def mean(call: Call) -> Value:
 
 def multiply(call: Call) -> Value:
     """A stream times a number, or times one number for each token."""
-    if not (call.is_tensor(0) and call.is_tensor(1)):
-        return replace(call.value(call.args[0 if call.is_tensor(0) else 1]), view=None)
     values = [call.value(argument) for argument in call.args[:2]]
     found = [_stream(call, value) for value in values]
     position = 0 if found[0] else 1
     divides = call.func.overloadpacket in (aten.div, aten.div_)
-    if all(found) or not any(found) or (divides and position == 1):
+    # With a keyword, it rounds.
+    if all(found) or not any(found) or (divides and position == 1) or call.kwargs:
         return _other(call)
+    if not call.is_tensor(1 - position):
+        return values[position]
     _escape_all(call, [values[1 - position]], _READS)  # the mean of a stream
     key, index = found[position] or ("", torch.empty(0))
     index = index.broadcast_to(call.out.shape)
