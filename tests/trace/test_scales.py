@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import removed
-from architectures import causal, configs
+from architectures import causal, configs, published
+from flashnorm.planning.config import load_config
 from flashnorm.planning.removable import removable
 from flashnorm.removable import Division, Ending, Reader, Removable, Verdict
 
@@ -296,6 +297,15 @@ def test_models(model_type: str) -> None:
     model = causal.build(model_type)
     verdicts = removed.prove(model, found, causal.run)
     assert {*verdicts.values()} == {"proven"}, verdicts
+
+
+def test_smollm2_has_nothing_to_cancel() -> None:
+    """One layer of the published config: no norm is read by another norm alone."""
+    config = load_config(published.configs()["HuggingFaceTB/SmolLM2-135M"])
+    config.num_hidden_layers = 1
+    found = removable(config)
+    assert found.division_summary() == "llama: 3 divisions of norms, none of which cancels"
+    assert found.centrings == ()
 
 
 def test_bitnet_mlp() -> None:
