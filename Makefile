@@ -44,7 +44,7 @@ endif
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo check test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures compatibility sanitize attack lint format bench clean
+.PHONY: demo check test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures removable compatibility sanitize attack lint format bench clean
 
 demo: $(DEMO_INSTALLED)
 	@echo "importing torch and transformers ..."
@@ -81,6 +81,10 @@ evals: $(EVALS_INSTALLED)
 # they are.
 architectures: $(SWEEP_INSTALLED)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(SWEEP_VENV)/bin/python -m architectures.sweep $(FAMILIES)
+
+# What of norms can be left out, in every causal language model; `make TYPES="qwen3 gpt2" removable` examines some again.
+removable: $(SWEEP_INSTALLED)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(SWEEP_VENV)/bin/python -m architectures.removable $(TYPES)
 
 # Old and new versions of Transformers, torch, PEFT, lm-eval and vLLM: hours, and gigabytes in .venv-compat.
 # `make ONLY="transformers-5.4.0 ..." CHECKS="greedy ..." compatibility` tries some again.

@@ -51,6 +51,40 @@ def test_plan_needs_the_config_only(run: Commands, source: Path, tmp_path: Path)
     assert (len(plan.folds), len(plan.kept)) == (5, 4)
 
 
+def test_plan_says_which_divisions_cancel(run: Commands, source: Path, tmp_path: Path) -> None:
+    table = run("plan", source, "--cancel")
+    assert (table.returncode, table.stderr) == (0, "")
+    words = " ".join(table.stdout.replace("│", "").split())
+    assert "self_attn.q_proj.weight: cancels in model.layers.*.self_attn.q_norm (eps * r^2)" in words
+    assert table.stdout.strip().endswith("qwen3: 9 divisions of norms, 0 cancel, 2 cancel in part")
+    found = json.loads(run("plan", source, "--cancel", "--json").stdout)
+    assert (found["version"], found["model_type"]) == (1, "qwen3")
+    first = found["divisions"][0]
+    assert (first["norm"], first["verdict"]) == ("model.layers.0.input_layernorm", "cancels in part")
+    queries = {"weight": "model.layers.0.self_attn.q_proj.weight", "escapes": []}
+    ending = {"norm": "model.layers.0.self_attn.q_norm", "power": 2.0}
+    assert first["readers"][0] == queries | {"endings": [ending]}
+    (why,) = first["readers"][2]["escapes"]
+    assert (why["operator"], why["kind"]) == ("aten.bmm", "stopped")
+    assert_refused(run("plan", source, "--cancel", "--keep", "final"), "without --keep")
+    (tmp_path / "config.json").write_text(tiny.config("llama").to_json_string())
+    assert run("plan", tmp_path, "--cancel").stdout.strip().endswith("divisions of norms, none of which cancels")
+
+
+def test_plan_says_which_means_can_be_zero(run: Commands, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(tiny.config("gpt2").to_json_string())
+    tied = run("plan", tmp_path, "--center")
+    assert (tied.returncode, tied.stderr) == (0, "")
+    assert "tied: lm_head.weight is transformer.wte.weight" in " ".join(tied.stdout.replace("│", "").split())
+    assert tied.stdout.strip().endswith("gpt2: 5 norms subtract a mean, 0 of which can become RMSNorms")
+    untied = run("plan", tmp_path, "--center", "--cancel", "--untie").stdout
+    assert "gpt2: 5 divisions of norms, none of which cancels" in untied
+    assert untied.strip().endswith("5 of which can become RMSNorms")
+    first = json.loads(run("plan", tmp_path, "--center", "--untie", "--json").stdout)["centrings"][0]
+    assert (first["norm"], first["removable"], first["escapes"]) == ("transformer.h.0.ln_1", True, [])
+    assert {"name": "transformer.wte.weight", "axis": 1} in first["writers"]
+
+
 def test_plan_says_that_a_quantisation_is_declared(run: Commands, source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

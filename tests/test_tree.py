@@ -12,6 +12,7 @@ ROOT = Path(flashnorm.__file__).parent
 ROOMS = [
     {"version", "errors", "progress", "arithmetic"},
     {"compat", "plan"},
+    {"removable"},
     {"format"},
     {"files", "hub"},
     {"trace"},
@@ -28,12 +29,12 @@ ROOMS = [
     {"__main__"},
 ]
 # What speeds up any model of Transformers knows nothing of folded ones.
-_OF_CHECKPOINTS = {"plan", "format", "files", "hub", "trace", "planning"}
+_OF_CHECKPOINTS = {"plan", "removable", "format", "files", "hub", "trace", "planning"}
 STRANGERS = {
     "decoding": _OF_CHECKPOINTS,
     "cpu": _OF_CHECKPOINTS,
     "gpu": _OF_CHECKPOINTS,
-    "files": {"plan", "arithmetic"},
+    "files": {"plan", "removable", "arithmetic"},
 }
 
 

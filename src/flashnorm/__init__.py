@@ -22,14 +22,18 @@ if TYPE_CHECKING:
     from flashnorm.models.status import Status, status
     from flashnorm.plan import Fold, FoldPlan, Kept, Kind, Linear
     from flashnorm.planning.planned import plan
+    from flashnorm.planning.removable import removable
+    from flashnorm.removable import Centring, Division, Removable
     from flashnorm.verify import IntegrityReport, VerifyReport, verify
     from flashnorm.verify.adapter import AdapterReport, verify_adapter
 
 __all__ = [
     "AdapterReport",
     "AdapterResult",
+    "Centring",
     "ConvertResult",
     "DifferenceError",
+    "Division",
     "DryRun",
     "Fold",
     "FoldPlan",
@@ -38,6 +42,7 @@ __all__ = [
     "Kept",
     "Kind",
     "Linear",
+    "Removable",
     "Status",
     "VerifyReport",
     "convert",
@@ -48,6 +53,7 @@ __all__ = [
     "optimize",
     "plan",
     "push",
+    "removable",
     "status",
     "verify",
     "verify_adapter",
@@ -57,8 +63,10 @@ __all__ = [
 _HOMES = {
     "AdapterReport": "flashnorm.verify.adapter",
     "AdapterResult": "flashnorm.convert.adapter",
+    "Centring": "flashnorm.removable",
     "ConvertResult": "flashnorm.convert",
     "DifferenceError": "flashnorm.errors",
+    "Division": "flashnorm.removable",
     "DryRun": "flashnorm.convert.dry_run",
     "Fold": "flashnorm.plan",
     "FoldPlan": "flashnorm.plan",
@@ -67,6 +75,7 @@ _HOMES = {
     "Kept": "flashnorm.plan",
     "Kind": "flashnorm.plan",
     "Linear": "flashnorm.plan",
+    "Removable": "flashnorm.removable",
     "Status": "flashnorm.models.status",
     "VerifyReport": "flashnorm.verify",
     "convert": "flashnorm.convert",
@@ -77,6 +86,7 @@ _HOMES = {
     "optimize": "flashnorm.models.optimize",
     "plan": "flashnorm.planning.planned",
     "push": "flashnorm.convert.push",
+    "removable": "flashnorm.planning.removable",
     "status": "flashnorm.models.status",
     "verify": "flashnorm.verify",
     "verify_adapter": "flashnorm.verify.adapter",

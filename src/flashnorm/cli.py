@@ -84,11 +84,22 @@ def plan(
     as_json: AsJson = False,
     untie: Untie = False,
     keep: Keep = None,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Show instead which norms' divisions cancel in norms behind them.")
+    ] = False,
+    center: Annotated[
+        bool, typer.Option("--center", help="Show instead which LayerNorms become RMSNorms if weights are centred.")
+    ] = False,
     revision: Revision = None,
     subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show which norms fold into which linear layers, which are kept, and why. Needs config.json only."""
+    if cancel or center:
+        if keep:
+            raise InputError("expected --cancel or --center without --keep, which says what is not to fold, found both")
+        _print_removable(model, cancel, center, as_json, untie, revision, subfolder, trust_remote_code)
+        return
     from flashnorm.hub import local_folder
     from flashnorm.plan import Kind
     from flashnorm.planning.checks import quantizations
@@ -109,6 +120,34 @@ def plan(
             f"The config declares {section}, but only the weights tell which of them are stored quantised; a norm that "
             "one of these reads is kept. See convert --dry-run."
         )
+
+
+def _print_removable(
+    model: str,
+    cancel: bool,
+    center: bool,
+    as_json: bool,
+    untie: bool,
+    revision: str | None,
+    subfolder: str,
+    trust_remote_code: bool,
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from flashnorm.planning.removable import removable
+
+    found = removable(model, revision=revision, subfolder=subfolder, untie=untie, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(found.to_json())
+        return
+    divisions = ("its division", found.division_rows(), found.division_summary())
+    means = ("its mean", found.centring_rows(), found.centring_summary())
+    for heading, rows, summary in ([divisions] if cancel else []) + ([means] if center else []):
+        table = Table("norm", "count", heading, "why", caption=summary, caption_justify="left")
+        for row in rows:
+            table.add_row(*map(Text, (row.norm, str(row.count), row.verdict, row.what)))
+        _console().print(table if rows else summary)
 
 
 @app.command(cls=_Command)

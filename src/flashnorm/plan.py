@@ -215,11 +215,11 @@ class FoldPlan:
             into = ", ".join(_merge_numbers(f"{linear.name} (axis {linear.axis})" for linear in fold.linears))
             gain = "1 + w" if fold.offset else "w"
             beta = ", its bias into theirs" if fold.bias_removed else ", its bias is kept: beta / gain" * fold.bias_kept
-            groups.setdefault((_pattern(fold.norm), gain, "folds into " + _pattern(into) + beta), []).append(fold.norm)
+            groups.setdefault((pattern(fold.norm), gain, "folds into " + pattern(into) + beta), []).append(fold.norm)
         for name, kept in self.kept.items():
             at = [part for part in (kept.operator, kept.where and f"at {kept.where}") if part]
             why = f"kept: {kept.reason}" + (f" [{' '.join(at)}]" if at else "")
-            groups.setdefault((_pattern(name), "", _pattern(why)), []).append(name)
+            groups.setdefault((pattern(name), "", pattern(why)), []).append(name)
         return [
             PlanRow(norm=names[0] if len(names) == 1 else norm, count=len(names), gain=gain, what=what)
             for (norm, gain, what), names in groups.items()
@@ -271,10 +271,11 @@ def _name_or_none(value: Any) -> str | None:
     return value
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
+    """A name with `*` for its numbers, so that what is the same in several layers has one name."""
     return re.sub(r"(?<=\.)\d+(?=[. ]|$)", "*", name)
 
 
 def _merge_numbers(names: Iterable[str]) -> list[str]:
     """Names with `*` for their numbers, without repetition, so that the experts of a layer are one entry."""
-    return list(dict.fromkeys(_pattern(name) for name in names))
+    return list(dict.fromkeys(pattern(name) for name in names))

@@ -60,6 +60,9 @@ A tiny model of every model type that Transformers has, with random weights, gai
   of these and the model folded in memory. 1e-10 is the limit.
 * *exact*: all of that holds. *nothing folds*: no norm has weights that could take its gain. *gap*: something is left to
   do, see the note. *not built*: Transformers could not build and run the tiny model, or save and load it.
+
+[Norms that do nothing](removable.md) has, for the causal language models, the norms whose division cancels, and the
+LayerNorms that can become RMSNorms.
 """
 
 FULL_SIZE = "## Published models at full size"

@@ -57,16 +57,21 @@ def plan(
     if isinstance(source, nn.Module):
         tracer = trace(source, example_inputs)
         return keep_asked(solve(tracer), tracer, keep)
-    folder = None
-    if isinstance(source, PretrainedConfig):
-        config = source
-    else:
-        folder = local_folder(source, revision, subfolder, config_only=True)
-        config = load_config(folder, trust_remote_code, source=source)
+    config, folder = config_of(source, revision, subfolder, trust_remote_code)
     tracer = trace(meta_model(config, untie, trust_remote_code), example_inputs)
     if untie:
-        _tied_model(config, tracer, trust_remote_code, example_inputs)
+        tied_model(config, tracer, trust_remote_code, example_inputs)
     return keep_asked(solve(tracer), tracer, keep, folder)
+
+
+def config_of(
+    source: str | Path | PretrainedConfig, revision: str | None, subfolder: str, trust_remote_code: bool
+) -> tuple[PretrainedConfig, Path | None]:
+    """The config of a model, and the folder that it is in, if it is in one; arguments and errors as for `plan`."""
+    if isinstance(source, PretrainedConfig):
+        return source, None
+    folder = local_folder(source, revision, subfolder, config_only=True)
+    return load_config(folder, trust_remote_code, source=source), folder
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def plan_checkpoint(
     tracer = trace(model)
     tied: dict[str, str] = {}
     if untie:
-        for name, aliases in names_by_parameter(_tied_model(config, tracer, trust_remote_code)).items():
+        for name, aliases in names_by_parameter(tied_model(config, tracer, trust_remote_code)).items():
             tied |= {alias: name for alias in aliases if alias != name}
     _check_absent(checkpoint, names)
     plan = keep_asked(solve(tracer), tracer, keep, checkpoint.folder)
@@ -207,7 +212,7 @@ def _may_be_weights(checkpoint: Checkpoint, name: str) -> bool:
     return not torch.equal(values, torch.ones_like(values).tril())
 
 
-def _tied_model(
+def tied_model(
     config: PretrainedConfig, untied: Tracer, trust_remote_code: bool, inputs: tuple[Any, ...] | None = None
 ) -> PreTrainedModel:
     """The model as its config has it, after a check that it computes the same as with an output head of its own.

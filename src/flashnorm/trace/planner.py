@@ -1,6 +1,7 @@
 """From a model to its plan: a copy of the model runs on the meta device, under a tracer, with example inputs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,24 @@ from flashnorm.errors import InputError, brief
 from flashnorm.plan import FoldPlan, Kept
 from flashnorm.trace.inputs import Arguments, ExampleCall, ListsOfItems, MixedDevices, example_calls
 from flashnorm.trace.meta_copy import meta_copy
-from flashnorm.trace.records import Use, unknown
-from flashnorm.trace.rules import GUESSES
+from flashnorm.trace.records import Records, Use, unknown
+from flashnorm.trace.rules import GUESSES, Call, propagate
 from flashnorm.trace.solve import solve
 from flashnorm.trace.tracer import Tracer
+from flashnorm.trace.values import Value
 
 _META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a trace looks for: what is known of the results of an operator, and the records to note it in."""
+
+    propagate: Callable[[Call], list[Value]]
+    records: Callable[[], Records]
+
+
+GAINS = Analysis(propagate, Records)
 
 
 def plan_model(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldPlan:
@@ -38,8 +51,8 @@ def plan_model(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldP
 
 
 @torch.inference_mode(False)
-def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
-    """Run the model's forward under a tracer; arguments and errors as for `plan_model`.
+def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None, analysis: Analysis = GAINS) -> Tracer:
+    """Run the model's forward under a tracer of an analysis; other arguments and errors as for `plan_model`.
 
     Without `inputs`, the model's methods that take images or audio run as well. A method that fails might have read any
     parameter that the forward leaves unread: no fold then involves such a parameter.
@@ -50,9 +63,9 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
     forward, *others = example_calls(model) if given is None else [ExampleCall("forward", ({},), given)]
     furthest: Exception | None = None
     most = -1
-    besides = [(call, _chosen(model, call)) for call in others]
+    besides = [(call, _chosen(model, call, analysis)) for call in others]
     for arguments in forward.alternatives:
-        tracer, error = _traced(model, partial(_run_all, [(forward, arguments), *besides]))
+        tracer, error = _traced(model, partial(_run_all, [(forward, arguments), *besides]), analysis)
         if error is None:
             return tracer
         if len(tracer.records.uses) > most:
@@ -63,7 +76,9 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Tracer:
     ) from furthest
 
 
-def _traced(model: nn.Module, calls: Callable[[nn.Module, Tracer], Any]) -> tuple[Tracer, Exception | None]:
+def _traced(
+    model: nn.Module, calls: Callable[[nn.Module, Tracer], Any], analysis: Analysis
+) -> tuple[Tracer, Exception | None]:
     """Run calls on a copy of a model under a new tracer, again for every guess that may matter.
 
     Returns:
@@ -71,7 +86,7 @@ def _traced(model: nn.Module, calls: Callable[[nn.Module, Tracer], Any]) -> tupl
     """
     model, stand_ins = meta_copy(model)
     model.eval()
-    tracer = Tracer(model, dict(model.named_parameters()))
+    tracer = Tracer(model, dict(model.named_parameters()), analysis.records(), analysis.propagate)
 
     def run() -> Any:
         with ListsOfItems(), MixedDevices(bool(tracer.guess.number), tracer.note_guess, stand_ins):
@@ -91,13 +106,13 @@ def _traced(model: nn.Module, calls: Callable[[nn.Module, Tracer], Any]) -> tupl
     return tracer, None if worked else first
 
 
-def _chosen(model: nn.Module, call: ExampleCall) -> Arguments | None:
+def _chosen(model: nn.Module, call: ExampleCall, analysis: Analysis) -> Arguments | None:
     """The first of a call's alternatives that works, or else the one that uses most parameters before it fails."""
     furthest, most = None, -1
     for arguments in call.alternatives:
         if len(call.alternatives) == 1:
             return arguments
-        tracer, error = _traced(model, lambda copy, _, arguments=arguments: call.run(copy, arguments))
+        tracer, error = _traced(model, lambda copy, _, arguments=arguments: call.run(copy, arguments), analysis)
         if error is None:
             return arguments
         if len(tracer.records.uses) > most:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,3 +107,13 @@ class Records:
         if not self.running:
             return replace(why, operator=operator)
         return replace(why, operator=operator, where=f"{self.running[-1] or 'the model'} ({line})")
+
+
+def not_reached(modules: Collection[str], unread: Sequence[str]) -> list[Kept]:
+    """A reason for each unread parameter of modules that were given an activation: they may read it elsewhere."""
+    return [
+        replace(unknown(f"{name} may read it, but the trace did not reach it"), where=module)
+        for module in sorted(modules)
+        for name in unread
+        if name.startswith(f"{module}." if module else "")
+    ]

@@ -27,6 +27,12 @@ _OUTPUT = Kept("it is an output of the model", kind=Kind.STOPPED)
 class Tracer(TorchDispatchMode):
     """Records the uses of a model's parameters while its forward runs on meta tensors.
 
+    Args:
+        model: the model.
+        parameters: the parameters to follow, by name.
+        records: where to note what is found.
+        propagate: what is known of the results of an operator: by the rules for gains, or by those of another table.
+
     Attributes:
         records: what was found.
         guess: the answers to questions about the values of tensors.
@@ -35,13 +41,20 @@ class Tracer(TorchDispatchMode):
         model: the model.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        records: Records | None = None,
+        propagate: Callable[[Call], list[Value]] = propagate,
+    ):
         super().__init__()
-        self.records = Records()
+        self.records = Records() if records is None else records
         self.guess = GUESSES[0]
         self.guessed = self.guess_matters = False
         self.operators: Counter[str] = Counter()
         self.model = model
+        self._propagate = propagate
         self._values: dict[int, Value] = {}
         # Every tensor seen, by storage: those in one list share memory. Holding them keeps their ids from being reused.
         self._storages: dict[int, list[Tensor]] = defaultdict(list)
@@ -81,7 +94,7 @@ class Tracer(TorchDispatchMode):
     def _record(self, call: Call) -> None:
         numbers = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, (int, float))]
         self.operators[f"{call.func} {numbers}"] += 1
-        values = propagate(call)
+        values = self._propagate(call)
         outputs = [leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)]
         mutable = is_mutable(call.func)
         if mutable:

@@ -3,6 +3,7 @@
 The rules are in the modules of this package, by kind of operator; each is a function of a `Call`.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -81,16 +82,16 @@ RULES: dict[Any, Rule] = {
 }
 
 
-def propagate(call: Call) -> list[Value]:
-    """What is known of each result of an operator. Records uses and escapes on the way."""
+def propagate(call: Call, rules: Mapping[Any, Rule] = RULES) -> list[Value]:
+    """What is known of each result of an operator. Records uses and escapes on the way; `rules` is the table to use."""
     operands = [call.value(leaf) for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
     count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(call.out))
     packet = call.func.overloadpacket
-    rule = RULES.get(_out_of_place(call.func))
+    rule = rules.get(_out_of_place(call.func))
     if rule is not None:
         try:
             # A tensor that is written in place loses its parts.
-            values = rule.apply(replace(call, keeps_parts=rule.keeps_parts and packet in RULES))
+            values = rule.apply(replace(call, keeps_parts=rule.keeps_parts and packet in rules))
         except UnknownError:
             pass
         else:
