@@ -1,5 +1,6 @@
 """A checkpoint that takes a cluster seconds to convert, and workers that are killed meanwhile."""
 
+import contextlib
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from flashnorm.planning.tensors import GainUse, TensorFold
 from handmade import CHANNELS, Handmade, content, make, write
 
 SHARDS = 12
+_KILLS = 3
 _ROWS = (24 << 20) // (2 * CHANNELS)
 
 
@@ -39,7 +41,7 @@ def large(folder: Path) -> Handmade:
 def disturbed(
     source: Handmade, target: Path, executor: Executor, workers: Callable[[], Collection[int]], seed: int
 ) -> tuple[int, int, int]:
-    """Convert, and kill a random worker about every second. After an error, the same run is repeated.
+    """Convert, and kill a random worker at a random moment, `_KILLS` times. After an error, the same run is repeated.
 
     Args:
         source: the checkpoint.
@@ -53,19 +55,25 @@ def disturbed(
         over.
     """
     chance, ended, kills, errors = random.Random(seed), threading.Event(), 0, 0
+    journal = staging_folder(target) / "journal.json"
 
     def kill() -> None:
         nonlocal kills
-        while not ended.wait(chance.uniform(0.1, 1.5)):
-            if running := sorted(workers()):
-                try:
+        finished = 0
+        while not ended.wait(0.02):
+            # Not before another shard is finished: it takes long to start a worker, and none might ever finish one.
+            try:
+                now = journal.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            if now == finished:
+                continue
+            finished = now
+            ended.wait(chance.uniform(0, 0.3))
+            if kills < _KILLS and (running := sorted(workers())):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(chance.choice(running), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-                kills += 1
-                # The cluster needs time to start another one, or no shard would ever be finished.
-                if ended.wait(8):
-                    return
+                    kills += 1
 
     killer = threading.Thread(target=kill)
     killer.start()
