@@ -23,6 +23,10 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 EVALS_VENV := .venv-evals
 EVALS_INSTALLED := $(EVALS_VENV)/.installed
 
+# dask, which drags in two dozen packages.
+EXECUTORS_VENV := .venv-executors
+EXECUTORS_INSTALLED := $(EXECUTORS_VENV)/.installed
+
 # What some model types need besides (timm, torchvision, SciPy), for the table of all of them.
 SWEEP_VENV := .venv-sweep
 SWEEP_INSTALLED := $(SWEEP_VENV)/.installed
@@ -44,7 +48,7 @@ endif
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo check test browser test-vllm test-vllm-quick vllm-architectures test-evals evals architectures removable compatibility sanitize attack lint format bench clean
+.PHONY: demo check test browser test-executors test-vllm test-vllm-quick vllm-architectures test-evals evals architectures removable compatibility sanitize attack lint format bench clean
 
 demo: $(DEMO_INSTALLED)
 	@echo "importing torch and transformers ..."
@@ -70,6 +74,12 @@ test-vllm-quick: $(VLLM_INSTALLED)
 
 vllm-architectures: $(VLLM_INSTALLED)
 	@PYTHONPATH=tests $(VLLM_VENV)/bin/python tests/integrations/vllm_sweep.py
+
+# How often workers are killed at random moments.
+ROUNDS ?= 4
+
+test-executors: $(EXECUTORS_INSTALLED)
+	@OMP_NUM_THREADS=1 ROUNDS=$(ROUNDS) $(EXECUTORS_VENV)/bin/python -m pytest tests/integrations/test_dask.py tests/convert/test_executors.py
 
 test-evals: $(EVALS_INSTALLED)
 	@OMP_NUM_THREADS=1 $(EVALS_VENV)/bin/python -m pytest tests/integrations/test_lm_eval.py
@@ -147,7 +157,7 @@ docs: $(DOCS_INSTALLED)
 	@echo "build/site/index.html"
 
 clean:
-	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) $(DOCS_VENV) $(SWEEP_VENV) .venv-peers .venv-compat
+	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) $(DOCS_VENV) $(SWEEP_VENV) $(EXECUTORS_VENV) .venv-peers .venv-compat
 
 $(DEMO_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV), about 2 minutes with a quick network:"
@@ -185,6 +195,12 @@ $(SWEEP_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@test -x $(SWEEP_VENV)/bin/python || $(PYTHON) -m venv $(SWEEP_VENV)
 	@$(SWEEP_VENV)/bin/python $(INSTALL) $(SMOLLM2)
 	@$(SWEEP_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dev,sweep]'
+	@touch $@
+
+$(EXECUTORS_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
+	@echo "setting up $(EXECUTORS_VENV) ..."
+	@test -x $(EXECUTORS_VENV)/bin/python || $(PYTHON) -m venv $(EXECUTORS_VENV)
+	@$(EXECUTORS_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dask]' pytest hypothesis filelock
 	@touch $@
 
 $(DOCS_INSTALLED): docs/requirements.txt

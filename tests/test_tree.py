@@ -11,7 +11,7 @@ ROOT = Path(flashnorm.__file__).parent
 # Each room knows the rooms above it and itself, and no other.
 ROOMS = [
     {"version", "errors", "progress", "arithmetic"},
-    {"compat", "plan"},
+    {"compat", "plan", "workers"},
     {"removable"},
     {"format"},
     {"files", "hub"},

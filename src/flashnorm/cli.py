@@ -47,6 +47,12 @@ Subfolder = Annotated[
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it does not exist yet.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", metavar="N", min=1, help="How many processes; by default, as many as cores and memory allow."
+    ),
+]
 Untie = Annotated[
     bool, typer.Option("--untie", help="Give a tied output head its own weight, so that the final norm can fold.")
 ]
@@ -175,6 +181,7 @@ def convert(
         typer.Option("--push-to-hub", metavar="REPO", help="Then upload OUT to this repository, as `push` does."),
     ] = None,
     private: Private = False,
+    workers: Workers = None,
     as_json: AsJson = False,
     revision: Revision = None,
     subfolder: Subfolder = "",
@@ -218,6 +225,7 @@ def convert(
             verify=verify,
             push_to_hub=push_to_hub,
             private=private or None,
+            workers=workers,
             trust_remote_code=trust_remote_code,
             progress=bar.bytes,
             stage=bar.stage,

@@ -21,7 +21,7 @@ from flashnorm.arithmetic import fold_weight, gain_of, largest_weights, overflow
 from flashnorm.convert import convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
-from flashnorm.files.staging import file_record
+from flashnorm.files.records import file_record
 from flashnorm.plan import FoldPlan, Kept
 from flashnorm.planning.names import tensor_plan
 from flashnorm.planning.planned import plan_checkpoint

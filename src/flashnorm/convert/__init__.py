@@ -13,12 +13,15 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm.convert.acceptance import check_config, check_places, check_plan
+from flashnorm.convert.all_shards import write_shards
 from flashnorm.convert.job import Job, ProgressCallback
 from flashnorm.errors import DifferenceError, InputError
 from flashnorm.files.reader import Checkpoint
@@ -27,11 +30,18 @@ from flashnorm.format import FileRecord
 from flashnorm.hub import check_login, hub_identity, local_folder
 from flashnorm.plan import FoldPlan
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
+from flashnorm.workers import affordable, processes
 
 if TYPE_CHECKING:
     from flashnorm.verify.report import VerifyReport
 
 __all__ = ["ConvertResult", "ProgressCallback", "convert", "convert_checkpoint"]
+
+# A process keeps about two cores busy: one hashes the source and folds, one hashes the output.
+_CORES_OF_A_WORKER = 2
+
+# Another process pays off if it writes so much: it takes seconds to start.
+_BYTES_WORTH_A_WORKER = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ def convert(
     push_to_hub: str | None = None,
     private: bool | None = None,
     trust_remote_code: bool = False,
+    executor: Executor | None = None,
+    workers: int | None = 1,
     progress: ProgressCallback | None = None,
     stage: Callable[[str], object] = lambda words: None,
 ) -> ConvertResult:
@@ -105,6 +117,11 @@ def convert(
         push_to_hub: hub id of the repository to upload the result to; see `flashnorm.push`.
         private: whether that repository is made private, if it does not exist; None for the owner's default.
         trust_remote_code: whether code in the checkpoint's folder may run.
+        executor: any executor of `concurrent.futures`, such as that of dask.distributed, whose workers then write a
+            shard each. They need this version of flashnorm, and source and target by the same paths.
+        workers: how many processes of this machine to start instead (then guard a script's main part with
+            `if __name__ == "__main__":`); 1 for this process alone, None for what the machine allows and the model's
+            size is worth.
         progress: called while an old target is read, while weights are written, and while they are verified.
         stage: called with a few words when another of these stages begins.
 
@@ -120,7 +137,6 @@ def convert(
     check_config(checkpoint)
     check_places(checkpoint.folder, Path(target))
     check_target(Path(target), force=force)
-    planned = plan_checkpoint(checkpoint, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
     report = None
 
     def proof(staged: Path) -> str:
@@ -137,15 +153,18 @@ def convert(
             raise DifferenceError(report.verdict, report)
         return card_summary(report)
 
-    result = convert_checkpoint(
-        planned,
-        target,
-        keep_norms=keep_norms,
-        force=force,
-        proof=proof if verify else None,
-        progress=progress,
-        stage=stage,
-    )
+    with _workers(checkpoint, executor, workers) as executor:
+        planned = plan_checkpoint(checkpoint, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
+        result = convert_checkpoint(
+            planned,
+            target,
+            keep_norms=keep_norms,
+            force=force,
+            proof=proof if verify else None,
+            executor=executor,
+            progress=progress,
+            stage=stage,
+        )
     result = replace(result, report=report)
     if push_to_hub is None:
         return result
@@ -153,6 +172,23 @@ def convert(
 
     stage("uploading")
     return replace(result, pushed=push(target, push_to_hub, private=private))
+
+
+@contextmanager
+def _workers(checkpoint: Checkpoint, executor: Executor | None, workers: int | None) -> Iterator[Executor | None]:
+    """The executor to use; None if this process is to write the shards."""
+    if executor is not None or workers == 1:
+        yield executor
+        return
+    if workers is None:
+        worth = checkpoint.total_size // _BYTES_WORTH_A_WORKER
+        workers = min(affordable(_CORES_OF_A_WORKER), worth)
+    count = min(workers, len(checkpoint.headers))
+    if count < 2:
+        yield None
+        return
+    with processes(count, "flashnorm.convert.part") as own:
+        yield own
 
 
 def convert_checkpoint(
@@ -164,6 +200,7 @@ def convert_checkpoint(
     source_id: str | None = None,
     revision: str | None = None,
     proof: Callable[[Path], str] | None = None,
+    executor: Executor | None = None,
     progress: ProgressCallback | None = None,
     stage: Callable[[str], object] = lambda words: None,
 ) -> ConvertResult:
@@ -177,6 +214,7 @@ def convert_checkpoint(
         source_id, revision: hub id and commit of the source; by default, those that its path in the hub's cache tells.
         proof: called with the folder of the complete result before it is published. The text that it returns goes to
             the end of the model card. If it raises an error, the error is passed on and nothing is published.
+        executor: what runs the workers that write the shards, see `convert`; None for this process.
         progress: called while an old target is read, and while weights are written.
         stage: called with a few words when another of these stages begins.
 
@@ -200,7 +238,7 @@ def convert_checkpoint(
             stage("converting")
         copied = sum((checkpoint.folder / name).stat().st_size for name in job.copies)
         _check_free_space(target.parent, sum(job.sizes.values()) + copied - staging.resumable_bytes())
-        job.write_shards(staging, progress)
+        write_shards(job, staging, progress or (lambda done, total: None), executor)
         job.write_small_files(staging)
         if proof is not None:
             try:

@@ -1,16 +1,13 @@
-"""One accepted conversion: what it reads and writes, shard by shard, and which shards it must write again."""
+"""One accepted conversion: its plan, what it has read and written, and which shards it must write again."""
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-
-from torch import Tensor
 
 from flashnorm.convert.acceptance import check_plan
-from flashnorm.convert.biases import new_bias
 from flashnorm.convert.card import updated_card
-from flashnorm.convert.shards import output_header, output_tensors, shard_pieces, write_shard
+from flashnorm.convert.part import Done, Part, part_of
+from flashnorm.convert.shards import output_header, output_tensors
 from flashnorm.convert.small_files import updated_config, updated_index
 from flashnorm.errors import InputError
 from flashnorm.files.header import TensorInfo
@@ -21,7 +18,6 @@ from flashnorm.files.source_files import check_names_differ, open_file
 from flashnorm.files.staging import ShardRecord, Staging, copy_file, write_file
 from flashnorm.format import CARD_FILE, MANIFEST_FILE, Earlier, FileRecord, Manifest, is_marked, options
 from flashnorm.plan import FoldPlan, Kept
-from flashnorm.planning.overflow import Overflows
 from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.planning.tensors import TensorPlan
 from flashnorm.version import __version__
@@ -79,51 +75,31 @@ class Job:
             "source": {name: asdict(state) for name, state in self.checkpoint.states.items()},
         }
 
-    def write_shards(self, staging: Staging, progress: ProgressCallback | None) -> None:
-        norms = {name: self.checkpoint.read_tensor(name) for name in self.names.norms}
-        self.keep({norm: Kept.from_dict(kept) for norm, kept in staging.notes.items()})
-        # A norm that is kept after all may change shards that are written already. Which shard comes next depends only
-        # on the journal, so a run that continues an interrupted one makes the same decisions.
-        while (name := next((name for name in self.headers if name not in self.written), None)) is not None:
-            done, total = sum(self.sizes[name] for name in self.written), sum(self.sizes.values())
+    def part(self, name: str, staging: Staging) -> Part:
+        """The task of writing a shard, by the plan as it is now."""
+        if name not in self._parts:
+            self._parts[name] = part_of(self.checkpoint, self.names, name, self.keep_norms, staging)
+        return self._parts[name]
 
-            def advance(nbytes: int, total: int = total) -> None:
-                nonlocal done
-                done += nbytes
-                if progress is not None:
-                    progress(done, total)
+    def take(self, name: str, done: Done, staging: Staging) -> None:
+        """Take a written shard into the output."""
+        if done.attempt is None:
+            self.resumed.add(name)
+        else:
+            staging.take(done.attempt, name)
+            staging.record(name, done.record)
+        self.read[name], self.written[name] = done.record.source, done.record.output
 
-            record = staging.kept(name)
-            if record is not None:
-                self.resumed.add(name)
-                advance(self.sizes[name])
-            else:
-                record, reasons = self._write_shard(name, norms, staging, advance)
-                self.checkpoint.check_unchanged()
-                if reasons:
-                    self.replaced.append(record)
-                    try:
-                        outdated = self.keep(reasons)
-                    except InputError:
-                        staging.forget()
-                        raise
-                    staging.note({norm: kept.to_dict() for norm, kept in reasons.items()}, outdated)
-                    continue
-                staging.record(name, record)
-            self.read[name], self.written[name] = record.source, record.output
-
-    def _write_shard(
-        self, name: str, norms: Mapping[str, Tensor], staging: Staging, advance: Callable[[int], object]
-    ) -> tuple[ShardRecord, dict[str, Kept]]:
-        """Write a shard; also return norms (parameters) that must be kept because products do not fit their dtype."""
-        overflows = Overflows(self.checkpoint, self.names)
-        bias = partial(new_bias, self.checkpoint, self.names)
-        header = self.checkpoint.headers[name]
-        pieces = shard_pieces(header, self.names, norms, bias, overflows.add, keep_norms=self.keep_norms)
-        source, output = self.checkpoint.folder / name, staging.model / name
-        record = write_shard(source, output, self.headers[name], pieces, advance)
-        reasons = overflows.reasons(norms)
-        return record, {self.names.parameters.get(norm, norm): kept for norm, kept in reasons.items()}
+    def keep_too_large(self, done: Done, staging: Staging) -> None:
+        """Keep the norms that a shard cannot take, and forget the shards that this changes."""
+        reasons = {self.names.parameters.get(norm, norm): kept for norm, kept in done.too_large.items()}
+        self.replaced.append(done.record)
+        try:
+            outdated = self.keep(reasons)
+        except InputError:
+            staging.forget()
+            raise
+        staging.note({norm: kept.to_dict() for norm, kept in reasons.items()}, outdated)
 
     def keep(self, reasons: Mapping[str, Kept]) -> set[str]:
         """Keep norms (parameters) after all. Returns the shards whose contents this changes.
@@ -145,6 +121,7 @@ class Job:
 
     def _lay_out(self) -> None:
         """Find out what the output's shards hold, by the plan as it is now."""
+        self._parts: dict[str, Part] = {}
         headers = self.checkpoint.headers.items()
         self.headers = {name: output_header(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
         self.tensors = {name: output_tensors(head, self.names, keep_norms=self.keep_norms) for name, head in headers}

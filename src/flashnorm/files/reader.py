@@ -10,7 +10,7 @@
 import fnmatch
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,23 @@ class Checkpoint:
             else:
                 starts = range(info.start + first * size, info.end, outputs * size)
                 yield _as_tensor(self._read(info.file, starts, count * size), dtype, (inputs, count)).T
+
+    def part(self, shard: str, more: Collection[str]) -> "Checkpoint":
+        """One safetensors file of the checkpoint, and more tensors from any; small, and to be found from any folder."""
+        names = {*self.headers[shard].tensors, *more} & self.tensors.keys()
+        tensors = {name: self.tensors[name] for name in sorted(names)}
+        files = sorted({shard, *(info.file for info in tensors.values())})
+        return replace(
+            self,
+            folder=Path(os.path.abspath(self.folder)),
+            config={},
+            headers={shard: self.headers[shard]},
+            tensors=tensors,
+            index=None,
+            states={file: self.states[file] for file in files},
+            absent=(),
+            remarks=(),
+        )
 
     def with_states_of(self, names: list[str]) -> "Checkpoint":
         """The same checkpoint, watching more files of its folder. Raises `InputError` if one cannot be read."""

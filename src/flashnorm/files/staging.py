@@ -5,9 +5,12 @@
 * A journal beside the output records each shard once the disk has it. A later run with the same key keeps the shards
   whose hash is still the journal's, and takes over the notes that were made while they were written.
 * config.json is the last file to appear, so that nothing takes the staging folder for a model.
+* Shards are written under other names, each in a file of its own, and take their place when they are finished. So a
+  shard may be begun by two processes, or by one that dies; whoever writes for a run that has ended finds its file gone.
 * A lock keeps two runs from the same target. It is a plain `flock`, which the system drops when a process dies. The
   filelock package is not used: on a file system without `flock` it falls back to a marker file, which a killed process
-  leaves behind, and it makes a folder again that the run before has just removed.
+  leaves behind, and it makes a folder again that the run before has just removed. Some network file systems keep such
+  locks for one host only. So the lock file also says whose run it is, and a run whose lock was taken over stops.
 * An old target is replaced only if `convert` wrote everything in it. This is checked before the work starts, so that no
   work is done in vain, and again just before the new target takes its place.
 """
@@ -16,10 +19,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +32,6 @@ from types import TracebackType
 from typing import Any
 
 from flashnorm.errors import InputError
-from flashnorm.files.records import file_record
 from flashnorm.files.replaceable import States, check_contents, check_hashes
 from flashnorm.files.source_files import open_file
 from flashnorm.format import FileRecord
@@ -48,10 +52,12 @@ class ShardRecord:
 class Staging:
     """The folder in which the output grows. A context manager: an exception removes what a later run cannot resume.
 
-    `.{target}.flashnorm-partial/` beside the target holds `lock`, `journal.json`, and `model/`, the future target.
+    `.{target}.flashnorm-partial/` beside the target holds `lock`, `journal.json`, `attempts-*/`, and `model/`, the
+    future target.
 
     Attributes:
         model: the folder to write into.
+        attempts: the folder to write shards into, before `take` moves them. No other run has a folder of this name.
         notes: JSON values that this run or an earlier one with the same key has noted.
     """
 
@@ -78,6 +84,9 @@ class Staging:
         self.target = target
         self.folder = staging_folder(target)
         self.model = self.folder / "model"
+        self._run = uuid.uuid4().hex
+        self.attempts = self.folder / f"attempts-{self._run}"
+        self._owned = False
         self._force = force
         self._progress = progress
         self._old: States | None = None
@@ -95,7 +104,11 @@ class Staging:
             self._restore_replaced()
             # The journal is read first: if the old target is refused, its shards must stay for a later run.
             self._shards, self.notes = self._read_journal()
+            os.pwrite(self._lock, self._run.encode(), 0)
+            self._owned = True
             self._check_old()
+            self._clear_attempts()
+            self.attempts.mkdir()
             self.model.mkdir(exist_ok=True)
             _clear(self.model, keep=self._shards)
         except OSError as error:
@@ -109,21 +122,37 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # What another run has removed is no fault of the disk.
+        taken = isinstance(error, OSError) and self._is_another()
         if error is not None:
             self._abandon()
         self._release()
+        if taken:
+            raise self._taken_over() from error
 
     def resumable_bytes(self) -> int:
         """Bytes of the shards that an earlier run has finished."""
         return sum(record.output.size for record in self._shards.values())
 
-    def kept(self, name: str) -> ShardRecord | None:
-        """The record of a shard of an earlier run, if the file still matches the record. Reads the whole file."""
-        record = self._shards.get(name)
-        path = self.model / name
-        if record is None or not path.is_file():
-            return None
-        return record if record.output == file_record(path) else None
+    def earlier(self, name: str) -> ShardRecord | None:
+        """The record of a shard that an earlier run has finished. Whether its file is still the same is not checked."""
+        return self._shards.get(name)
+
+    def take(self, attempt: str, name: str) -> None:
+        """Give a file in `attempts`, which the disk has, its place in the model. Other attempts at it are removed."""
+        self._check_owner()
+        (self.attempts / attempt).rename(self.model / name)
+        for other in self.attempts.glob(f"{glob.escape(name)}.*"):
+            other.unlink(missing_ok=True)
+
+    def attempted_bytes(self) -> int:
+        """Bytes of shards that are being written; of several attempts at one, the longest counts."""
+        sizes: dict[str, int] = {}
+        for path in self.attempts.iterdir():
+            name = path.name.rpartition(".")[0]
+            with contextlib.suppress(FileNotFoundError):
+                sizes[name] = max(sizes.get(name, 0), path.stat().st_size)
+        return sum(sizes.values())
 
     def record(self, name: str, record: ShardRecord) -> None:
         """Note that a shard is finished. The shard must have been synced to the disk."""
@@ -139,6 +168,7 @@ class Staging:
     def _write_journal(self) -> None:
         shards = {name: asdict(record) for name, record in self._shards.items()}
         journal = {"key": self._key, "notes": self.notes, "shards": shards}
+        self._check_owner()
         sync_folder(self.model)
         new = self.folder / "journal.json.new"
         write_file(new, json.dumps(journal, indent=1).encode())
@@ -153,6 +183,7 @@ class Staging:
         """Make `model` the target, in one rename. Everything in it must have been synced to the disk."""
         for folder, _, _ in os.walk(self.model):
             sync_folder(Path(folder))
+        self._check_owner()
         if self._force and os.path.lexists(self.target):
             self._check_old()
             _exchange(self.model, self.target, aside=self._replaced)
@@ -199,12 +230,35 @@ class Staging:
             raise
         return lock
 
+    def _check_owner(self) -> None:
+        """Raise `InputError` if another run has taken the lock: this file system keeps locks for one host only."""
+        if self._is_another():
+            raise self._taken_over()
+
+    def _taken_over(self) -> InputError:
+        return InputError(
+            f"{self.target}: another run is writing this target, perhaps on another host; wait until it is done, or "
+            "choose another target"
+        )
+
+    def _is_another(self) -> bool:
+        """Whether the folder is another run's by now."""
+        try:
+            return self._owned and (self.folder / _LOCK).read_bytes() != self._run.encode()
+        except FileNotFoundError:
+            return True
+
+    def _clear_attempts(self) -> None:
+        for folder in self.folder.glob("attempts-*"):
+            shutil.rmtree(folder)
+
     def _abandon(self) -> None:
         """Remove what no later run can use, and let go of the lock."""
         # A failure to remove must not hide the error that led here. Without the lock, the folder is another run's.
         with contextlib.suppress(OSError):
-            if self._lock is not None:
+            if self._lock is not None and not self._is_another():
                 self._restore_replaced()
+                self._clear_attempts()
                 for folder in (self.model, self._replaced):
                     if folder.exists():
                         _clear(folder, keep=self._shards)

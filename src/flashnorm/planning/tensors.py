@@ -129,6 +129,31 @@ class TensorPlan:
         pairs = [(getattr(self, part), getattr(other, part)) for part in parts]
         return {name for mine, its in pairs for name, what in mine.items() if its.get(name) != what}
 
+    def about(self, tensors: Collection[str]) -> "TensorPlan":
+        """What this plan does to some of the source's tensors, and to untied copies of them; nothing of the model."""
+        names = {*tensors, *(new for new, source in self.untied.items() if source in tensors)}
+        return TensorPlan(
+            folds={name: fold for name, fold in self.folds.items() if name in names},
+            biases={name: fold for name, fold in self.biases.items() if name in names},
+            divided={name: use for name, use in self.divided.items() if name in names},
+            norms={name: identity for name, identity in self.norms.items() if name in names},
+            spelled_out=tuple(name for name in self.spelled_out if name in names),
+            untied=self.untied,
+            unties=self.unties,
+        )
+
+    @property
+    def read(self) -> set[str]:
+        """The source's tensors that new values are computed from, besides those that take these values."""
+        gains = {use.norm for fold in self.folds.values() for use in fold.gains}
+        biases = self.biases.values()
+        return {
+            *gains,
+            *(use.norm for use in self.divided.values()),
+            *(self.untied.get(fold.weight, fold.weight) for fold in biases),
+            *(shift.bias for fold in biases for shift in fold.shifts),
+        }
+
     def tensors_of(self, parameters: Collection[str]) -> set[str]:
         """The norm tensors that are loaded into these module parameters."""
         return {name for name in self.norms if self.parameters.get(name, name) in parameters}

@@ -1,0 +1,276 @@
+"""Shards that workers write: the bytes are those of one process, whatever becomes of the workers."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flashnorm
+import tiny
+from conversion import run
+from flashnorm import workers
+from flashnorm.convert import part
+from flashnorm.convert import shards as shard
+from flashnorm.convert.part import part_of, write_part_elsewhere
+from flashnorm.errors import InputError
+from flashnorm.files.staging import Staging, staging_folder
+from flashnorm.workers import processes
+from handmade import Handmade, content, make
+
+
+class AnyOrder(Executor):
+    """Runs tasks one at a time, in a random order."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance = random.Random(seed)
+        self._waiting: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+        self._change = threading.Condition()
+        self._open = True
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._change:
+            self._waiting.append((future, fn, args))
+            self._change.notify()
+        return future
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting or not self._open)
+                if not self._open:
+                    return
+                future, fn, args = self._waiting.pop(self._chance.randrange(len(self._waiting)))
+            if future.set_running_or_notify_cancel():
+                future.set_result(fn(*args))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._change:
+            self._open = False
+            self._change.notify()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Executor]:
+    """Processes that have imported what they need."""
+    with processes(2, "flashnorm.convert.part") as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_norms": True}], ids=["weightless", "norms kept"])
+def test_the_bytes_are_those_of_one_process(tmp_path: Path, pool: Executor, options: dict[str, bool]) -> None:
+    source = make(tmp_path / "source", shards=3, untie=True)
+    run(source, tmp_path / "one", **options)
+    calls: list[tuple[int, int]] = []
+    result = run(
+        source, tmp_path / "out", executor=pool, progress=lambda done, total: calls.append((done, total)), **options
+    )
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "source"]
+    assert (result.shards, result.resumed_shards) == (3, 0)
+    assert calls == sorted(calls)
+    shards = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert calls[-1] == (shards, shards)
+
+
+def test_norms_with_biases(tmp_path: Path) -> None:
+    """The new bias of a linear layer needs tensors of other shards."""
+    model = tiny.model(tiny.config("starcoder2"), torch.bfloat16)
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    flashnorm.convert(tmp_path / "source", tmp_path / "one")
+    with ThreadPoolExecutor(2) as threads:
+        result = flashnorm.convert(tmp_path / "source", tmp_path / "out", executor=threads)
+    assert result.shards > 5
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_that_do_not_fit(tmp_path: Path, seed: int) -> None:
+    """Norms of several shards must be kept. Which ones, and what the manifest says of them, depends on no order."""
+    model = tiny.model(tiny.config("llama"), torch.float16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[5] = 3000
+            for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+                linear.weight[0, 5] = 60
+        model.model.norm.weight[7] = 2000
+        model.lm_head.weight[3, 7] = 100
+    model.save_pretrained(tmp_path / "source", max_shard_size="12KB")
+    one = flashnorm.convert(tmp_path / "source", tmp_path / "one")
+    assert sum("too large" in kept.reason for kept in one.plan.kept.values()) == 3
+    with AnyOrder(seed) as executor:
+        result = flashnorm.convert(tmp_path / "source", tmp_path / "out", executor=executor)
+    assert result.shards > 10
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+
+
+class TestFailures:
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Handmade:
+        return make(tmp_path / "source", shards=3)
+
+    def assert_repeated(self, source: Handmade, target: Path, **options: Any) -> int:
+        """The same run again ends with the bytes of one process. Returns how many shards it took over."""
+        result = run(source, target, **options)
+        run(source, target.parent / "one")
+        assert content(target) == content(target.parent / "one")
+        assert not staging_folder(target).exists()
+        return result.resumed_shards
+
+    def test_a_worker_that_is_killed(self, tmp_path: Path, source: Handmade) -> None:
+        class OneDies(Executor):
+            """The worker that takes the third shard dies of it, after another one is finished."""
+
+            asked = 0
+
+            def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+                self.asked += 1
+                if self.asked == 3:
+                    return pool.submit(killed, staging_folder(tmp_path / "out") / "journal.json")
+                return pool.submit(fn, *args)
+
+        with (
+            processes(2, "flashnorm.convert.part") as pool,
+            pytest.raises(InputError, match=r"a worker died.*run the same command again"),
+        ):
+            run(source, tmp_path / "out", executor=OneDies())
+        assert not (tmp_path / "out").exists()
+        assert not list(staging_folder(tmp_path / "out").glob("attempts-*"))
+        assert self.assert_repeated(source, tmp_path / "out") in (1, 2)
+
+    def test_workers_end_when_the_conversion_is_killed(self, tmp_path: Path) -> None:
+        script = """
+import os, signal
+from flashnorm.workers import processes
+with processes(2) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        worker = Path(f"/proc/{int(ended.stdout)}/stat")
+        until = time.monotonic() + 30
+        while worker.exists() and worker.read_text().split()[2] != "Z" and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not worker.exists() or worker.read_text().split()[2] == "Z"
+
+    def test_another_version(
+        self, tmp_path: Path, source: Handmade, pool: Executor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(workers, "__version__", "9.9")
+        with pytest.raises(
+            InputError, match=rf"expected flashnorm 9\.9 in every worker.*found {flashnorm.__version__}"
+        ):
+            run(source, tmp_path / "out", executor=pool)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_a_full_disk(self, tmp_path: Path) -> None:
+        """A limit on the size of a file stands in for a disk that is full: the error comes from the same call."""
+        model = tiny.model(tiny.config("llama", num_hidden_layers=1, vocab_size=2000))
+        model.save_pretrained(tmp_path / "source", max_shard_size="200KB")
+        with processes(2, "flashnorm.convert.part") as pool:
+            for number in [pool.submit(limited, 1 << 18) for _ in range(2)]:
+                number.result()
+            with pytest.raises(InputError, match="make room and run the same command again"):
+                flashnorm.convert(tmp_path / "source", tmp_path / "out", executor=pool)
+        assert not (tmp_path / "out").exists()
+
+    def test_an_error_of_the_source_names_the_worker(self, tmp_path: Path, source: Handmade, pool: Executor) -> None:
+        with Staging(tmp_path / "out", {}) as staging:
+            checkpoint = source.open()
+            task = part_of(checkpoint, source.names, next(iter(checkpoint.headers)), False, staging)
+            path = checkpoint.folder / task.shard
+            path.write_bytes(path.read_bytes())
+            with workers.Elsewhere(pool, write_part_elsewhere) as crew:
+                crew.ask(task.shard, task)
+                with pytest.raises(InputError, match=r"found another one; source and target.*found on .*, process \d+"):
+                    crew.next()
+
+    @pytest.mark.parametrize("what", ["source", "target"])
+    def test_a_host_that_does_not_have_the_files(self, tmp_path: Path, source: Handmade, what: str) -> None:
+        with Staging(tmp_path / "out", {}) as staging:
+            checkpoint = source.open()
+            task = part_of(checkpoint, source.names, next(iter(checkpoint.headers)), False, staging)
+            (checkpoint.folder if what == "source" else staging.attempts).rename(tmp_path / "elsewhere")
+            with pytest.raises(InputError, match=r"found (nothing|none); source and target must be on file systems"):
+                write_part_elsewhere(task)
+
+    def test_a_worker_stops_when_nobody_waits_for_it(
+        self, tmp_path: Path, source: Handmade, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may have been given up, and another one have written the shard: then its own file is gone."""
+        monkeypatch.setattr(shard, "PIECE_BYTES", 256)
+        monkeypatch.setattr(part, "_LOOK_SECONDS", 0.0)
+        with Staging(tmp_path / "out", {}) as staging:
+            checkpoint = source.open()
+            name = next(iter(checkpoint.headers))
+            task = part_of(checkpoint, source.names, name, False, staging)
+            (staging.attempts / f"{name}.other").touch()
+            begun = write_part_elsewhere(task)
+            assert begun.attempt is not None
+            staging.take(begun.attempt, name)
+            assert not list(staging.attempts.iterdir())
+            written = (staging.model / name).read_bytes()
+            exists = Path.exists
+            monkeypatch.setattr(Path, "exists", lambda path: (path.unlink(missing_ok=True), exists(path))[1])
+            with pytest.raises(InputError, match="nobody waits for this file any more"):
+                write_part_elsewhere(task)
+            monkeypatch.undo()
+            assert (staging.model / name).read_bytes() == written
+            assert not list(staging.attempts.iterdir())
+
+    def test_a_run_whose_lock_another_host_took(self, tmp_path: Path, source: Handmade) -> None:
+        """As on a file system that keeps locks for one host only: the second run does not see the first one's."""
+        run(source, tmp_path / "one")
+        began = False
+
+        def second(done: int, total: int) -> None:
+            nonlocal began
+            if not began:
+                began = True
+                (staging_folder(tmp_path / "out") / "lock").unlink()
+                run(source, tmp_path / "out")
+
+        with pytest.raises(InputError, match=r"another run|changed"):
+            run(source, tmp_path / "out", progress=second)
+        assert began
+        assert content(tmp_path / "out") == content(tmp_path / "one")
+        assert not staging_folder(tmp_path / "out").exists()
+
+
+def limited(nbytes: int) -> None:
+    """Let the process write no larger file. Takes a while, so that another process does what is asked for meanwhile."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+    time.sleep(0.3)
+
+
+def killed(journal: Path) -> None:
+    """Die as by the system, once a shard is finished."""
+    while not journal.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    model = tiny.model(tiny.config("llama"), torch.bfloat16)
+    model.save_pretrained(tmp_path / "source", max_shard_size="40KB")
+    flashnorm.convert(tmp_path / "source", tmp_path / "one")
+    command = [sys.executable, "-m", "flashnorm", "convert", str(tmp_path / "source"), str(tmp_path / "out")]
+    ended = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended
+    assert not ended.stderr
+    assert content(tmp_path / "out") == content(tmp_path / "one")
