@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashnorm.convert.acceptance import check_plan
 from flashnorm.convert.biases import new_bias
-from flashnorm.convert.card import updated_card
+from flashnorm.convert.card import is_causal, updated_card
 from flashnorm.convert.shards import output_header, output_tensors, shard_pieces, write_shard
 from flashnorm.convert.small_files import updated_config, updated_index
 from flashnorm.errors import InputError
@@ -188,6 +188,8 @@ class Job:
             version=__version__,
             norms=len(self.plan.folds),
             linears=len(self.names.folds),
+            keep_norms=self.keep_norms,
+            generates=is_causal(self.checkpoint.config),
             summary=summary,
         )
         return card.encode("utf-8", "surrogateescape")
