@@ -30,8 +30,8 @@ def results(way: Way, interpreter: Path, of: dict[str, Path]) -> dict[str, tuple
 def said(source: Run, converted: Run) -> Comparison | str:
     """The comparison, or why there is none."""
     if source.error:
-        return f"not even the source: {source.error[:120]}"
-    return f"refused: `{converted.error[:160]}`" if converted.error else compare(source, converted)
+        return f"not even the source: `{source.error[:200]}`"
+    return f"refused: `{converted.error[:200]}`" if converted.error else compare(source, converted)
 
 
 def main() -> None:

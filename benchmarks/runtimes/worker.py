@@ -6,7 +6,8 @@
   text, and `folders`, a list of pairs of a form and a folder.
 * Beside it, each form has a folder with `log_probabilities.npy`, `[all ids, vocabulary]` in float32, and `answer.json`:
   the version, the greedy tokens, and the number of products with a gain, if the runtime has a graph.
-* If anything fails, `answer.json` holds the error alone: a runtime that refuses a folder is a result.
+* If anything fails, `answer.json` holds the error alone: a runtime that refuses a folder is a result. If it refuses the
+  source, the others are not tried.
 """
 
 import importlib
@@ -77,6 +78,8 @@ def main() -> None:
             traceback.print_exc()
             found = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
         (scratch / "answer.json").write_text(json.dumps(found))
+        if form == "source" and "error" in found:
+            break  # there is nothing to compare with
     # Libraries of some runtimes crash while they end, when all is written.
     os._exit(0)
 
