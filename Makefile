@@ -104,6 +104,15 @@ CHECKS ?=
 compatibility: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m compatibility $(if $(ONLY),--only $(ONLY)) $(if $(CHECKS),--checks $(CHECKS))
 
+# Other runtimes, each in an environment of its own in .venv-runtimes (6 GB): source and converted model in the same one.
+# `make ONLY="mlx llama" runtimes` tries some again. `make quantised` compares folding before and after quantising.
+.PHONY: runtimes quantised
+runtimes: $(INSTALLED)
+	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes $(if $(ONLY),--only $(ONLY))
+
+quantised: $(INSTALLED)
+	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes.quantised
+
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
 SEQUENCES ?= 25
 SANITIZED := build/sanitized/libflashnorm_kernels.so
@@ -157,7 +166,7 @@ docs: $(DOCS_INSTALLED)
 	@echo "build/site/index.html"
 
 clean:
-	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) $(DOCS_VENV) $(SWEEP_VENV) $(EXECUTORS_VENV) .venv-peers .venv-compat
+	rm -rf build dist $(VENV) $(EVALS_VENV) $(VLLM_VENV) $(DOCS_VENV) $(SWEEP_VENV) $(EXECUTORS_VENV) .venv-peers .venv-runtimes .venv-compat
 
 $(DEMO_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(VENV), about 2 minutes with a quick network:"

@@ -100,16 +100,22 @@ def python(name: str) -> Path:
         CannotBeInstalled: with the last line of the reason.
     """
     module, _, environment = PEERS[name]
-    if environment is None:
-        return Path(sys.executable)
-    folder, done = ROOT / module, ROOT / module / ".installed"
-    interpreter = folder / "bin" / "python"
+    return Path(sys.executable) if environment is None else made(ROOT / module, environment)
+
+
+def made(folder: Path, environment: Environment) -> Path:
+    """The interpreter of the environment in a folder, made if it is not there or holds another environment.
+
+    Raises:
+        CannotBeInstalled: with the last line of the reason.
+    """
+    done, interpreter = folder / ".installed", folder / "bin" / "python"
     wanted = f"{sys.version}\n{environment}"
     if done.exists() and done.read_text() == wanted:
         return interpreter
     print(f"setting up {folder} ...", file=sys.stderr, flush=True)
-    log = ROOT / f"{module}.log"
-    ROOT.mkdir(exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    folder.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
     run([sys.executable, "-m", "venv", "--clear", folder], {}, log)
     pip: list[str | Path] = [interpreter, "-m", "pip"]

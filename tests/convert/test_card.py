@@ -1,6 +1,6 @@
 """The model card gets three keys and a section."""
 
-from flashnorm.convert.card import updated_card
+from flashnorm.convert.card import is_causal, updated_card
 
 
 class TestCard:
@@ -32,3 +32,27 @@ class TestCard:
 
     def test_front_matter_that_is_not_yaml_stays(self):
         assert self.card("---\na: [\n---\nText.\n").startswith("---\na: [\n---\nText.\n\n# FlashNorm\n")
+
+    def test_names_the_runtimes_that_the_form_fits(self):
+        def text(*, generates: bool = True, keep_norms: bool = False) -> str:
+            about = {"base_model": None, "version": "0", "norms": 3, "linears": 5}
+            return updated_card(None, **about, generates=generates, keep_norms=keep_norms)
+
+        weightless, kept, encoder = text(), text(keep_norms=True), text(generates=False)
+        assert "vllm serve" in weightless
+        assert "convert_hf_to_gguf.py" not in weightless
+        assert "Runtimes that insist" in weightless
+        assert "convert_hf_to_gguf.py" in kept
+        assert "mlx_lm.generate" in kept
+        assert "no weights any more" not in kept
+        assert "Runtimes that insist" not in kept
+        assert "vllm" not in encoder
+        assert "flashnorm.load" in encoder
+        assert "\n\n\n" not in weightless + kept + encoder
+
+
+def test_a_causal_language_model_is_known_by_its_config():
+    assert is_causal({"architectures": ["LlamaForCausalLM"]})
+    assert not is_causal({"architectures": ["BertForMaskedLM"]})
+    assert not is_causal({"architectures": None})
+    assert not is_causal({})

@@ -5,6 +5,7 @@
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -16,16 +17,45 @@ TAGS = ("flashnorm", "weightless-rmsnorm")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
+_FOLDER = "path/to/this/model"
+
+# What runs a language model out of either form of the folder, and what needs a tensor for each norm.
+_RUNS_BOTH = (
+    ("flashnorm", f'flashnorm generate {_FOLDER} "The moon is"'),
+    ("vLLM, with flashnorm installed beside it", f"vllm serve {_FOLDER}"),
+    ("OpenVINO", f"optimum-cli export openvino --model {_FOLDER} --task text-generation-with-past openvino"),
+)
+_RUNS_WITH_NORMS = (
+    ("llama.cpp", f"python convert_hf_to_gguf.py {_FOLDER} --outfile model.gguf"),
+    ("MLX", f'mlx_lm.generate --model {_FOLDER} --prompt "The moon is"'),
+)
+
+_ABSENT = """\
+- Plain Transformers warns that the weights of the folded norms are missing, and computes the same. Runtimes that insist
+  on these tensors (llama.cpp, MLX) need what `flashnorm convert --keep-norms` writes.
+"""
+
+
 def updated_card(
-    card: str | None, *, base_model: str | None, version: str, norms: int, linears: int, summary: str = ""
+    card: str | None,
+    *,
+    base_model: str | None,
+    version: str,
+    norms: int,
+    linears: int,
+    keep_norms: bool = False,
+    generates: bool = False,
+    summary: str = "",
 ) -> str:
-    """A model card that says what was done to the model.
+    """A model card that says what was done to the model, and how it is run.
 
     Args:
         card: the source's card, None if it has none.
         base_model: the source's hub id, if it is known.
         version: the version of flashnorm.
         norms, linears: how many norm weights were folded into how many weights of linear layers.
+        keep_norms: whether the folded norms are stored, at their identity value.
+        generates: whether this is a causal language model, for which there are more runtimes.
         summary: the summary of a verification, in Markdown.
     """
     card = card or "---\n---\n"
@@ -37,26 +67,47 @@ def updated_card(
         if base_model:
             front = _with_key(front, "base_model", [base_model])
     text = without_section(text).rstrip("\r\n") + "\n\n" if text.strip() else ""
+    section = _section(base_model, version, norms, linears, keep_norms, generates)
     summary = f"\n{summary}" if summary else ""
-    return f"---\n{front}---\n{text}{_section(base_model, version, norms, linears)}{summary}"
+    return f"---\n{front}---\n{text}{section}{summary}"
 
 
-def _section(base_model: str | None, version: str, norms: int, linears: int) -> str:
+def is_causal(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that its model is a causal language model."""
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
+
+
+def _section(base_model: str | None, version: str, norms: int, linears: int, keep_norms: bool, generates: bool) -> str:
     source = f"`{base_model}`" if base_model else "the source model"
+    stored = "are stored at the value that changes nothing" if keep_norms else "have no weights any more"
     return f"""# FlashNorm
 
 This is {source} with {norms} norm weights folded into the {linears} weight matrices that read them (FlashNorm,
-arXiv:2407.09577). Those norms have no weights any more; every folded weight is the exact product, rounded once.
+arXiv:2407.09577). Those norms {stored}; every folded weight is the exact product, rounded once.
 `config.json` names them (`flashnorm.weightless`), `flashnorm.json` says what went where, with a hash of every file.
 
 ```python
 import flashnorm
 
-model = flashnorm.load("path/to/this/model")
+model = flashnorm.load("{_FOLDER}")
 ```
+{_runs(keep_norms) if generates else ""}
+What is different:
 
+- Outputs are the source's but for rounding. All tensors that are not named in `flashnorm.json` are the source's.
+- By itself, the fold makes few runtimes faster.
+- Adapters that were trained on the source do not fit; `flashnorm adapter` converts them. Neither does a draft head that
+  reads the output of a folded norm.
+{"" if keep_norms else _ABSENT}
 Written by flashnorm {version}.
 """
+
+
+def _runs(keep_norms: bool) -> str:
+    """The commands for a form of the folder, as a list."""
+    commands = [*_RUNS_BOTH, *(_RUNS_WITH_NORMS if keep_norms else ())]
+    return "\nOther ways to run it:\n\n" + "".join(f"- {runtime}: `{command}`\n" for runtime, command in commands)
 
 
 def _parsed(front: str) -> dict[str, Any] | None:

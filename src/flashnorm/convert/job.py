@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from flashnorm.convert.acceptance import check_plan
-from flashnorm.convert.card import updated_card
+from flashnorm.convert.card import is_causal, updated_card
 from flashnorm.convert.part import Done, Part, part_of
 from flashnorm.convert.shards import output_header, output_tensors
 from flashnorm.convert.small_files import updated_config, updated_index
@@ -165,6 +165,8 @@ class Job:
             version=__version__,
             norms=len(self.plan.folds),
             linears=len(self.names.folds),
+            keep_norms=self.keep_norms,
+            generates=is_causal(self.checkpoint.config),
             summary=summary,
         )
         return card.encode("utf-8", "surrogateescape")
