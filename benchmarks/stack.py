@@ -1,8 +1,8 @@
 """Moves Python's frames, so that a benchmark does not measure where a chunk of them happens to end.
 
 CPython keeps frames in chunks of 16 KB. A call that does not fit into the current chunk maps a new one, and unmaps it
-when it returns: microseconds and page faults, each time. A loop that makes such a call pays each time around. Which call
-it is depends on the size of all frames below, so that it differs between two programs that do the same.
+when it returns: microseconds and page faults, each time. A loop that makes such a call pays each time around. Which
+call it is depends on the size of all frames below, so that it differs between two programs that do the same.
 """
 
 import resource

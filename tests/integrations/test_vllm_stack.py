@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-import stack
 
+import stack
 from flashnorm.integrations.vllm import plugin
 
 LAYERS = 200
