@@ -31,7 +31,7 @@ OTHER_PASSES = {
     "fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache", "rope_kvcache_fusion_max_token_num",
     "fi_allreduce_fusion_max_size_mb", "sp_min_token_num",
 }  # fmt: skip
-WRAPPED = [compat.CREATE_CONFIG, compat.INITIALIZE, compat.TRACK_LOADING, compat.LOAD_ADAPTER]
+WRAPPED = [compat.CREATE_CONFIG, compat.INITIALIZE, compat.TRACK_LOADING, compat.LOAD_ADAPTER, compat.EXECUTE_MODEL]
 
 
 def test_usable() -> None:

@@ -79,6 +79,8 @@ TRACK_LOADING = Function(
 # Runs in each process, for an adapter that is not in memory yet.
 _LOADS = ("self", "lora_request")
 LOAD_ADAPTER = Function("vllm.lora.worker_manager:WorkerLoRAManager", "_load_adapter", _LOADS, needed=_LOADS)
+# Runs in each process, once for each step of the model.
+EXECUTE_MODEL = Function("vllm.v1.worker.worker_base:WorkerWrapperBase", "execute_model", ("self", "scheduler_output"))
 
 
 def base_of_adapters(manager: Any) -> nn.Module:

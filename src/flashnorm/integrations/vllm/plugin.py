@@ -26,6 +26,9 @@ from flashnorm.planning.planned import PlannedCheckpoint
 
 _log = logging.getLogger("vllm.flashnorm")
 
+# Size of a Python frame in slots of 8 bytes: CPython makes a chunk of 128 KB for it, of which the frame leaves 62 KB.
+_LARGE_FRAME = 8192
+
 
 @dataclass
 class _Built:
@@ -56,6 +59,8 @@ def register() -> None:
     if problem is None:
         _wrap(vllm.INITIALIZE, _with_weightless_norms)
         _wrap(vllm.TRACK_LOADING, _with_second_look)
+    if vllm.EXECUTE_MODEL.lacks() is None:
+        _wrap(vllm.EXECUTE_MODEL, _with_room)
 
 
 def _wrap(function: vllm.Function, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -95,6 +100,22 @@ def _with_check(problem: str | None, original: Callable[..., Any]) -> Callable[.
         return config
 
     return create_engine_config
+
+
+def _with_room(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `execute_model`: put one large Python frame below the model, whichever it is.
+
+    CPython keeps frames in chunks of 16 KB. A call that does not fit into the current chunk maps a new one, and unmaps
+    it when it returns. Where a chunk ends depends on the local variables of all frames below, so the end can fall on a
+    call that each layer makes: two page faults for each layer of each token. A frame that is larger than a chunk gets
+    one of its own with as much room again, where all that the model calls fits.
+    """
+
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    execute_model.__code__ = execute_model.__code__.replace(co_stacksize=_LARGE_FRAME)
+    return execute_model
 
 
 def _with_weightless_norms(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
