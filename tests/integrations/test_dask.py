@@ -90,6 +90,14 @@ class Hosts:
         self.address = "tcp://10.77.5.1:8799"
 
     def __enter__(self) -> "Hosts":
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _begin(self) -> None:
         ip("link", "add", self.BRIDGE, "type", "bridge")
         ip("addr", "add", "10.77.5.1/24", "dev", self.BRIDGE)
         ip("link", "set", self.BRIDGE, "up")
@@ -103,7 +111,6 @@ class Hosts:
             ip("-n", name, "link", "set", f"{name}b", "up")
             ip("-n", name, "link", "set", "lo", "up")
             self._start("worker", self.address, "--nworkers", "1", "--nthreads", "1", "--no-dashboard", inside=name)
-        return self
 
     def _start(self, *command: str, inside: str | None = None) -> None:
         dask = [sys.executable, "-m", "distributed.cli.dask_" + command[0], *command[1:]]
@@ -116,6 +123,7 @@ class Hosts:
         for process in self._started:
             process.wait(60)
         for name in self.NAMES:
+            ip("link", "del", f"{name}a", check=False)
             ip("netns", "del", name, check=False)
         ip("link", "del", self.BRIDGE, check=False)
 
