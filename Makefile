@@ -105,13 +105,10 @@ compatibility: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m compatibility $(if $(ONLY),--only $(ONLY)) $(if $(CHECKS),--checks $(CHECKS))
 
 # Other runtimes, each in an environment of its own in .venv-runtimes (6 GB): source and converted model in the same one.
-# `make ONLY="mlx llama" runtimes` tries some again. `make quantised` compares folding before and after quantising.
-.PHONY: runtimes quantised
+# `make ONLY="mlx llama" runtimes` tries some again.
+.PHONY: runtimes
 runtimes: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes $(if $(ONLY),--only $(ONLY))
-
-quantised: $(INSTALLED)
-	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes.quantised
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
 SEQUENCES ?= 25

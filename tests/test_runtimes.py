@@ -12,7 +12,6 @@ import flashnorm
 import tiny
 from runtimes.compare import TOKENS, Run, compare, run
 from runtimes.page import BEGIN, END, cell, rows_of, with_rows
-from runtimes.quantised import IDS, kl_by_text
 from runtimes.table import KEEP, WAYS, WEIGHTLESS
 
 WAY = next(way for way in WAYS if way.name == "flashnorm.load")
@@ -50,17 +49,12 @@ def test_rows_are_replaced_and_others_stay() -> None:
     page = f"# Title\n\n{BEGIN}\n{END}\n\nMore.\n"
     order = [("a", "x"), ("b", "x")]
     once = with_rows(page, ["one", "two"], {("b", "x"): ["b", "x", "1.0", "", cell("a | b")]}, order)
-    assert rows_of(once) == {("b", "x"): ["b", "x", "1.0", "", "a \\| b"]}
+    nothing = ["a", "x", "", "not run", "not run"]
+    assert rows_of(once) == {("a", "x"): nothing, ("b", "x"): ["b", "x", "1.0", "", "a \\| b"]}
     twice = with_rows(once, ["one", "two"], rows_of(once) | {("a", "x"): ["a", "x", "2.0", "same", ""]}, order)
     assert [row[:4] for row in rows_of(twice).values()] == [["a", "x", "2.0", "same"], ["b", "x", "1.0", ""]]
     assert twice.startswith("# Title\n")
     assert twice.endswith("\n\nMore.\n")
-
-
-def test_kl_of_each_text() -> None:
-    p, q = (torch.randn(2 * IDS, 6, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (0, 1))
-    expected = (p.double().exp() * (p.double() - q)).sum(-1).view(2, IDS).mean(1)
-    assert kl_by_text(p.numpy(), q.numpy()) == pytest.approx(expected.tolist(), rel=1e-9)
 
 
 def test_a_real_worker(tmp_path: Path) -> None:

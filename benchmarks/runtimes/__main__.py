@@ -14,7 +14,7 @@ from peers.environments import CannotBeInstalled, made
 
 from .compare import Comparison, Run, compare, run
 from .models import MODELS, folders, text_ids
-from .page import FIRST, PAGE, cell, rows_of, with_rows
+from .page import FIRST, NOT_RUN, PAGE, cell, rows_of, with_rows
 from .table import ENVIRONMENTS, WAYS, Way
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def main() -> None:
             page = PAGE.read_text()
             rows = rows_of(page)
             for form, (version, result) in found.items():
-                row = rows.setdefault((way.name, form), [way.name, form, "", *[""] * len(names)])
+                row = rows.setdefault((way.name, form), [way.name, form, "", *[NOT_RUN] * len(names)])
                 row[2] = version or row[2]
                 row[len(FIRST) + names.index(model.name)] = cell(result)
                 different |= isinstance(result, Comparison) and not result.ok

@@ -7,6 +7,7 @@ from .compare import TOKENS, Comparison
 PAGE = Path(__file__).parents[2] / "docs" / "runtimes.md"
 BEGIN, END = "<!-- make runtimes -->", "<!-- end -->"
 NOISE = 1e-8  # of a KL divergence between log-probabilities in float32
+NOT_RUN = "not run"
 FIRST = ["runtime", "form of the folder", "version"]
 
 
@@ -32,8 +33,9 @@ def rows_of(page: str) -> dict[tuple[str, str], list[str]]:
 def with_rows(
     page: str, models: list[str], rows: dict[tuple[str, str], list[str]], order: list[tuple[str, str]]
 ) -> str:
-    """A page with its table's rows replaced, in the given order; a row that is in no order is dropped."""
+    """A page with its table's rows in the given order. What is not in `rows` was not run; what is in no order goes."""
     before, _, rest = page.partition(BEGIN)
     table = ["| " + " | ".join([*FIRST, *models]) + " |", "|" + "---|" * (len(FIRST) + len(models))]
-    table += ["| " + " | ".join(rows[key]) + " |" for key in order if key in rows]
+    nothing = ["", *[NOT_RUN] * len(models)]
+    table += ["| " + " | ".join(rows.get(key, [*key, *nothing])) + " |" for key in order]
     return "\n".join([before + BEGIN, "", *table, "", END + rest.partition(END)[2]])

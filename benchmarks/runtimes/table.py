@@ -13,9 +13,6 @@ ENVIRONMENTS = {
             *("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0"),
         )
     ),
-    "quantised": Environment(
-        ("torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0", "torchao==0.18.0", "hqq==0.2.8.post1")
-    ),
     "llama_cpp": Environment(
         ("llama-cpp-python==0.3.36", "gguf==0.19.0", "torch==2.13.0", "transformers==5.24.0", "sentencepiece"),
         # There is no wheel. Built here, for this very processor: from the cache it could be another's.

@@ -12,6 +12,7 @@ import sys
 import tarfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as lib
 import numpy as np
@@ -35,6 +36,7 @@ class Model:
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = CONTEXT
         parameters.type_k = parameters.type_v = lib.GGML_TYPE_F32
+        parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to fewer bits on the way
         self.context = lib.llama_init_from_model(model, parameters)
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
@@ -94,7 +96,12 @@ def convert(folder: Path, target: Path) -> Path:
     logging.disable()
     architecture = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
     kind = get_model_class(architecture)
-    kind.set_vocab = lambda self: self._set_vocab_none()
+
+    def no_tokenizer(model: Any) -> None:
+        model._set_vocab_none()
+        model.gguf_writer.add_vocab_size(model.hparams["vocab_size"])
+
+    kind.set_vocab = no_tokenizer
     with torch.inference_mode():
         kind(folder, LlamaFileType.ALL_F32, target).write()
     return target
@@ -117,16 +124,6 @@ def _unpack() -> None:
     partial.rename(SOURCES)
 
 
-def quantise(file: Path, target: Path, kind: str) -> Path:
-    """A GGUF file in float32 -> one in a type of llama.cpp's, such as "Q4_K_M"; as `llama-quantize` does it."""
-    options = lib.llama_model_quantize_default_params()
-    options.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    if lib.llama_model_quantize(str(file).encode(), str(target).encode(), ctypes.byref(options)):
-        raise RuntimeError(f"llama.cpp does not quantise to {kind}")
-    return target
-
-
 def load(variant: str, folder: Path, form: str, scratch: Path) -> Model:
-    """Converted, then loaded; `variant` is a type to quantise to, or empty."""
-    file = convert(folder, scratch / "model.gguf")
-    return Model(quantise(file, scratch / "quantised.gguf", variant) if variant else file)
+    """Converted, then loaded."""
+    return Model(convert(folder, scratch / "model.gguf"))

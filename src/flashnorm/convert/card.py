@@ -23,7 +23,6 @@ _FOLDER = "path/to/this/model"
 _RUNS_BOTH = (
     ("flashnorm", f'flashnorm generate {_FOLDER} "The moon is"'),
     ("vLLM, with flashnorm installed beside it", f"vllm serve {_FOLDER}"),
-    ("OpenVINO", f"optimum-cli export openvino --model {_FOLDER} --task text-generation-with-past openvino"),
 )
 _RUNS_WITH_NORMS = (
     ("llama.cpp", f"python convert_hf_to_gguf.py {_FOLDER} --outfile model.gguf"),
