@@ -124,7 +124,7 @@ def written_once(index: Tensor, but: int | None = None) -> Tensor:
 
 def carries(index: Tensor) -> bool:
     """Whether any element carries a gain at all."""
-    return bool((written_once(index) >= 0).any())
+    return index.numel() > 0 and bool((written_once(index) >= 0).any())
 
 
 def constant_along(index: Tensor, dims: int | tuple[int, ...]) -> bool:
