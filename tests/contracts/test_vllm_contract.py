@@ -19,7 +19,12 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 # Fields of vLLM's configs that the plugin reads.
 FIELDS = {
-    "vllm.config:VllmConfig": "model_config load_config lora_config speculative_config compilation_config",
+    "vllm.config:VllmConfig": (
+        "model_config load_config lora_config speculative_config compilation_config additional_config device_config "
+        "parallel_config"
+    ),
+    "vllm.config:ParallelConfig": "world_size",
+    "vllm.config:DeviceConfig": "device",
     "vllm.config:ModelConfig": "model hf_config revision dtype quantization trust_remote_code",
     "vllm.config:LoadConfig": "load_format download_dir",
     "vllm.config:SpeculativeConfig": "method draft_model_config",
@@ -31,7 +36,14 @@ OTHER_PASSES = {
     "fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache", "rope_kvcache_fusion_max_token_num",
     "fi_allreduce_fusion_max_size_mb", "sp_min_token_num",
 }  # fmt: skip
-WRAPPED = [compat.CREATE_CONFIG, compat.INITIALIZE, compat.TRACK_LOADING, compat.LOAD_ADAPTER, compat.EXECUTE_MODEL]
+WRAPPED = [
+    compat.CREATE_CONFIG,
+    compat.INITIALIZE,
+    compat.TRACK_LOADING,
+    compat.PROCESS_WEIGHTS,
+    compat.LOAD_ADAPTER,
+    compat.EXECUTE_MODEL,
+]
 
 
 def test_usable() -> None:
@@ -100,3 +112,15 @@ def test_compiler_passes() -> None:
     fields = {field.name for field in dataclasses.fields(PassConfig)}
     unknown = fields - {*rules._PASSES_WITH_WEIGHT} - OTHER_PASSES
     assert not unknown, f"does {sorted(unknown)} fuse norms? Without weight they might not match: see rules.py"
+
+
+def test_linears() -> None:
+    """What linear layers on flashnorm's kernels need."""
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+
+    assert [*inspect.signature(UnquantizedLinearMethod.apply).parameters] == ["self", "layer", "x", "bias"]
+    assert [*inspect.signature(UnquantizedLinearMethod.process_weights_after_loading).parameters] == ["self", "layer"]
+    for linear in (ColumnParallelLinear, RowParallelLinear):
+        assert "quant_method.apply" in inspect.getsource(linear.forward), "its method would not be asked"
+    assert {"num_tokens", "skip_compiled"} <= {*inspect.signature(set_forward_context).parameters}

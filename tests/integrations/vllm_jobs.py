@@ -2,8 +2,10 @@
 
     python vllm_jobs.py JOBS.json RESULTS.json
 
-A job: `name`, `model` (a folder), `options` (of `vllm.LLM`), `steps` (names of functions below, run before generating).
-A result: tokens and log-probabilities of the greedy continuations, and what the model is made of; or the error.
+A job: `name`, `model` (a folder), `options` (of `vllm.LLM`), `steps` (names of functions below, run before generating),
+`patch` (the name of one that changes vLLM before the model is built), `task` ("pool": hidden states are pooled).
+A result: tokens and log-probabilities of the greedy continuations, and what the model is made of; what was pooled; or
+the error.
 """
 
 import gc
@@ -20,8 +22,12 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to workers
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm import LLM, SamplingParams
+from vllm import LLM, PoolingParams, SamplingParams
+from vllm.config import get_current_vllm_config
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import llama
+
+from flashnorm.cpu.kernels import native
 
 PROMPTS = [list(range(5, 25)), list(range(40, 50)), [7, 99, 3, 120, 64]]
 TOKENS = 16
@@ -65,9 +71,47 @@ def generate(llm: Any, **options: Any) -> dict[str, Any]:
     }
 
 
+def pool(engine: Any) -> list[list[float]]:
+    """The pooled hidden state of each prompt; by the engine itself, as `LLM.embed` wants a tokenizer."""
+    for number, prompt in enumerate(PROMPTS):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, PoolingParams(task="embed"))
+    pooled = {}
+    while engine.has_unfinished_requests():
+        pooled |= {answer.request_id: answer.outputs.data.tolist() for answer in engine.step()}
+    return [pooled[str(number)] for number in range(len(PROMPTS))]
+
+
+def accepted(llm: Any) -> int:
+    """How many tokens of a draft were right so far; 0 without vLLM's statistics."""
+    if not llm.llm_engine.log_stats:
+        return 0
+    (metric,) = [metric for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_accepted_tokens"]
+    return metric.value
+
+
 def reload(llm: Any) -> None:
     """Load the weights again, from the same files."""
     llm.collective_rpc("reload_weights")
+
+
+def read_the_flag() -> None:
+    """Make vLLM's Llama read `flashnorm_folded` as an open change of vLLM does (41431).
+
+    Its three kinds of norms are built without weight then, and the tensors of norms are not loaded.
+    """
+    built, load = llama.RMSNorm, llama.LlamaModel.load_weights
+
+    def flagged(config: Any) -> bool:
+        return getattr(config, "flashnorm_folded", False)
+
+    def norm(*args: Any, **kwargs: Any) -> Any:
+        return built(*args, **kwargs, has_weight=not flagged(get_current_vllm_config().model_config.hf_config))
+
+    def load_weights(self: Any, weights: Any) -> Any:
+        ours = flagged(self.config)
+        return load(self, ((name, tensor) for name, tensor in weights if not (ours and name.endswith("norm.weight"))))
+
+    llama.RMSNorm, llama.LlamaModel.load_weights = norm, load_weights
 
 
 def look(model: Any) -> dict[str, Any]:
@@ -83,13 +127,21 @@ def look(model: Any) -> dict[str, Any]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job."""
+    if "patch" in job:
+        globals()[job["patch"]]()
     llm = LLM(job["model"], **(DEFAULTS | job.get("options", {})))
     try:
+        if job.get("task") == "pool":
+            return {"pooled": pool(llm.llm_engine)}
         for step in job.get("steps", ()):
             globals()[step](llm)
         adapter = job.get("adapter")
         options = {} if adapter is None else {"lora_request": LoRARequest("adapter", 1, adapter)}
+        before = native.runs[native.NORM_LINEAR]
         result = generate(llm, **options)
+        result["kernel_runs"] = native.runs[native.NORM_LINEAR] - before
+        if job.get("options", {}).get("speculative_config"):
+            result["accepted"] = accepted(llm)
         if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
             with GainProducts() as products:
                 generate(llm, **options)

@@ -76,6 +76,13 @@ TRACK_LOADING = Function(
     ("self", "model", "loaded_weights", "quantized"),
     needed=("model",),
 )
+# Runs in each process when the weights have been loaded: each layer may pack its own.
+PROCESS_WEIGHTS = Function(
+    _LOADERS + "base_loader",
+    "process_weights_after_loading",
+    ("model", "model_config", "target_device"),
+    needed=("model",),
+)
 # Runs in each process, for an adapter that is not in memory yet.
 _LOADS = ("self", "lora_request")
 LOAD_ADAPTER = Function("vllm.lora.worker_manager:WorkerLoRAManager", "_load_adapter", _LOADS, needed=_LOADS)
@@ -115,6 +122,15 @@ NORMS = {
 }
 
 
+def hide_flag(hf_config: Any) -> None:
+    """Hide the flag that an open change of vLLM reads (41431), which builds all norms of a Llama without weight.
+
+    The config stays marked by the other flag, which vLLM does not read.
+    """
+    if getattr(hf_config, "flashnorm_folded", False):
+        hf_config.flashnorm_folded, hf_config.flash_norm = False, True
+
+
 def changed_part() -> str | None:
     """What vLLM lacks that is needed to build norms without weight; None if nothing is missing."""
     try:
@@ -150,6 +166,11 @@ def pass_no_weight(norm: Any) -> None:
     norm.has_weight = norm.pass_weight = norm.pass_weight_add = False
 
 
+def passes_no_weight(norm: Any) -> bool:
+    """Whether an RMSNorm computes `x / rms(x)`, over all channels of its input."""
+    return not (norm.has_weight or norm.pass_weight or norm.pass_weight_add) and norm.variance_size_override is None
+
+
 def change_class(operator: Any, new: type) -> None:
     """Change the class of a vLLM `CustomOp`, and its chosen method, which is still bound to the old class."""
     operator.__class__ = new
@@ -162,6 +183,41 @@ def weightless_operators() -> tuple[Callable[..., Tensor], Callable[..., tuple[T
     from vllm import ir
 
     return ir.ops.rms_norm, ir.ops.fused_add_rms_norm
+
+
+def plain_linears(model: nn.Module) -> list[nn.Module]:
+    """The linear layers of a model that are not quantised."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, LinearBase)
+        and type(module.quant_method) is UnquantizedLinearMethod
+        and module.get_parameter("weight").dim() == 2  # the weights of convolutions have three
+    ]
+
+
+def linear_method(apply: Callable[..., Tensor]) -> Any:
+    """How a linear layer computes: by `apply(layer, x, bias)`, with the weight as it was loaded."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    class LinearMethod(UnquantizedLinearMethod):
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            """Do not pack the weight."""
+
+        def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            """`[..., inputs]` -> `[..., outputs]`."""
+            return apply(layer, x, bias)
+
+    return LinearMethod()
+
+
+def without_attention(vllm_config: Any, tokens: int) -> Any:
+    """A context in which a model runs without compiler, and attention returns memory that was not written."""
+    from vllm.forward_context import set_forward_context
+
+    return set_forward_context(None, vllm_config, num_tokens=tokens, skip_compiled=True)
 
 
 def nothing_to_reload(buffer: Tensor) -> None:

@@ -9,7 +9,8 @@
 * vLLM loads plugins in each of its processes, so everything here is done in each of them.
 
 `plugin` wraps functions of vLLM, `norms` builds norms without weight, `files` examines the checkpoint, and `rules` has
-the decisions that do not need vLLM.
+the decisions that do not need vLLM. `fused` runs linear layers on flashnorm's kernels if asked to. `compare` is a
+command.
 """
 
 from flashnorm.integrations.vllm.plugin import register

@@ -106,6 +106,8 @@ def _weightless_gemma(base: Any) -> Any:
     rms_norm, fused_add_rms_norm = vllm.weightless_operators()
 
     class WeightlessGemmaRMSNorm(base):
+        passes_weight = False
+
         def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
             """Normalise `[tokens, hidden size]`; a residual is added first, and the sum is returned as well."""
             if residual is None:
@@ -113,3 +115,25 @@ def _weightless_gemma(base: Any) -> Any:
             return fused_add_rms_norm(x, residual, None, self.variance_epsilon)
 
     return WeightlessGemmaRMSNorm
+
+
+def is_weightless(module: nn.Module) -> bool:
+    """Whether a module computes `x / rms(x)` alone: one of vLLM's RMSNorms whose weight was taken."""
+    if type(module).__name__ == "RMSNorm" and vllm.is_rms_norm(module):
+        return vllm.passes_no_weight(module)
+    return not getattr(type(module), "passes_weight", True)
+
+
+@functools.cache
+def deferred(base: Any) -> Any:
+    """A subclass of a weightless norm that hands its input on, for linear layers that normalise what they read."""
+
+    class DeferredRMSNorm(base):
+        def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+            """`[tokens, hidden size]`; a residual is added, and the sum is returned twice."""
+            if residual is None:
+                return x
+            total = x + residual
+            return total, total
+
+    return DeferredRMSNorm

@@ -16,6 +16,7 @@ from flashnorm.compat.arguments import bound
 from flashnorm.errors import InputError
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint, read_json
 from flashnorm.format import CONFIG_FLAGS, CONFIG_KEY, is_marked, listed_norms
+from flashnorm.integrations.vllm import fused
 from flashnorm.integrations.vllm.files import check_complete, folded_norms, open_files, planned
 from flashnorm.integrations.vllm.norms import make_weightless
 from flashnorm.integrations.vllm.rules import differs, refusal, unsupported, without_folded
@@ -59,6 +60,8 @@ def register() -> None:
     if problem is None:
         _wrap(vllm.INITIALIZE, _with_weightless_norms)
         _wrap(vllm.TRACK_LOADING, _with_second_look)
+        if vllm.PROCESS_WEIGHTS.lacks() is None:
+            _wrap(vllm.PROCESS_WEIGHTS, _with_kernels)
     if vllm.EXECUTE_MODEL.lacks() is None:
         _wrap(vllm.EXECUTE_MODEL, _with_room)
 
@@ -90,6 +93,7 @@ def _with_check(problem: str | None, original: Callable[..., Any]) -> Callable[.
 
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
+        fused.asked(config)  # an unclear answer is an error
         speculative = getattr(config, "speculative_config", None)
         for model_config in (getattr(config, "model_config", None), getattr(speculative, "draft_model_config", None)):
             if model_config is None or not _is_marked(model_config):
@@ -127,6 +131,9 @@ def _with_weightless_norms(original: Callable[..., nn.Module]) -> Callable[..., 
         marked = _is_marked(built.model_config)
         if unknown and marked:
             raise _not_understood(built.model_config.model, original.__name__, unknown)
+        if marked:
+            # A vLLM that reads this flag would drop weights by itself: also of the final norm, which often stays.
+            vllm.hide_flag(built.model_config.hf_config)
         model = original(*args, **kwargs)
         if unknown:
             _say_once(f"{original.__name__} is given {', '.join(unknown)}")
@@ -178,6 +185,22 @@ def _with_second_look(original: Callable[..., None]) -> Callable[..., None]:
         return original(*args, **kwargs)
 
     return track_weights_loading
+
+
+def _with_kernels(original: Callable[..., None]) -> Callable[..., None]:
+    """Around `process_weights_after_loading`: if asked to, make folded models run on the kernels, before it packs."""
+
+    def process_weights_after_loading(*args: Any, **kwargs: Any) -> None:
+        given, _ = bound(original, vllm.PROCESS_WEIGHTS.parameters, args, kwargs)
+        built = _BUILT.get(given["model"])
+        if built is not None and fused.asked(built.vllm_config):
+            if built.norms:
+                fused.use_kernels(given["model"], built.vllm_config, built.model_config)
+            else:
+                _log.warning("FlashNorm: %s is set, and has no effect on a model without folded norms", fused.OPTION)
+        return original(*args, **kwargs)
+
+    return process_weights_after_loading
 
 
 @functools.cache

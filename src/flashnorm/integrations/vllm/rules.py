@@ -99,12 +99,12 @@ def refusal(norms: Iterable[str], *, runner: str, draft: str | None, load_format
         return (
             f"expected a draft that does not read the model's hidden states, found the method {draft}; the gain of "
             f"{final[0]}, whose output it would read, is in the output head: use {', '.join(_INDEPENDENT_DRAFTS[2:])} "
-            "or ngram, or the model before its conversion"
+            "or ngram, or convert the source with --keep final"
         )
     if final and runner == "pooling":
         return (
             f"expected a model that generates, found one that pools hidden states; the gain of {final[0]}, whose "
-            "output would be pooled, is in the output head: use the model before its conversion"
+            "output would be pooled, is in the output head: convert the source with --keep final"
         )
     return None
 
