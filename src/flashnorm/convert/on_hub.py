@@ -7,7 +7,7 @@ the same size without content, which takes no room; safetensors files among them
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -44,11 +44,12 @@ class HubCheckpoint(Checkpoint):
     place: str = ""
     fetched: Any = None
 
-    def _read(self, file: str, start: int, nbytes: int) -> bytearray:
-        key = (file, start, nbytes)
-        if key not in self.fetched:
-            self.fetched[key] = _range(self.place, file, start, start + nbytes)
-        return bytearray(self.fetched[key])
+    def _read(self, file: str, starts: Sequence[int], nbytes: int) -> bytearray:
+        keys = [(file, start, nbytes) for start in starts]
+        for key in keys:
+            if key not in self.fetched:
+                self.fetched[key] = _range(self.place, file, key[1], key[1] + nbytes)
+        return bytearray().join(self.fetched[key] for key in keys)
 
 
 @contextlib.contextmanager
