@@ -109,9 +109,9 @@ def open_on_hub(repository: str, revision: str | None, subfolder: str, folder: P
     given = {one.name: getattr(opened, one.name) for one in fields(opened)}
     checkpoint = HubCheckpoint(**given, place=place, fetched={})
     # Norms have one axis. Each is asked for by a request of its own, so several are under way at a time.
-    small = [(info.file, info.start, info.nbytes) for info in opened.tensors.values() if len(info.shape) == 1]
+    small = [name for name, info in opened.tensors.items() if len(info.shape) == 1]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        for _ in pool.map(lambda key: checkpoint._read(*key), small):
+        for _ in pool.map(checkpoint.read_bytes, small):
             pass
     return checkpoint
 
