@@ -21,6 +21,8 @@ from flashnorm.hub import hub_identity
 from forked import Commands, assert_refused, forked_commands
 from hub_server import Break, Hub, Refusal, hub_server
 
+pytestmark = pytest.mark.slow  # each test runs commands
+
 # The same weights in other formats, and what a training run leaves.
 DOUBLES = (
     *("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "consolidated.safetensors"),

@@ -15,6 +15,8 @@ from flashnorm.models.load import load_tokenizer
 from flashnorm.models.status import folder_status
 from forked import Commands, assert_refused, forked_commands
 
+pytestmark = pytest.mark.slow  # each test runs commands
+
 FLAG = "--trust-remote-code"
 
 

@@ -14,6 +14,8 @@ import flashnorm
 import tiny
 from flashnorm.errors import InputError
 
+pytestmark = pytest.mark.slow  # each test runs commands
+
 GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 
