@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from flashnorm.gpu.decoder import GraphDecoder
 # Inputs and outputs of queries, keys and values together.
 SHAPES = {"SmolLM2-135M": (576, 960), "Qwen3-0.6B": (1024, 4096), "Qwen3-8B": (4096, 6144), "Qwen3-32B": (5120, 10240)}
 TOKENS = (1, 16, 256, 4096)
+STARTED = time.perf_counter()
 EPS, DTYPE = 1e-6, torch.bfloat16
 PROMPT, DECODED, ROUNDS = 64, 128, 5
 CONFIGS: dict[str, Any] = {
@@ -139,7 +141,9 @@ def decode(name: str) -> dict[str, Any]:
     """Milliseconds a token of each contender, for one model."""
     torch.manual_seed(0)
     config = CONFIGS[name]
-    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE).to("cuda", DTYPE).eval()
+    with torch.device("cuda"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    say(f"{name}: generate of Transformers")
     ids = torch.randint(10, config.vocab_size, (1, PROMPT), device="cuda")
     options: Any = {"do_sample": False, "min_new_tokens": DECODED, "max_new_tokens": DECODED, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(ids)
@@ -148,6 +152,7 @@ def decode(name: str) -> dict[str, Any]:
     found["eager generate"] = milliseconds_a_token(lambda: model.generate(ids, **options), rounds=3)
     plain = model.generate(ids, **options)
 
+    say("torch.compile")
     cache = StaticCache(config=model.config, max_cache_len=512)
     model(ids[:, :1], past_key_values=cache)
     forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -172,6 +177,7 @@ def decode(name: str) -> dict[str, Any]:
         found["torch.compile, static cache"] = milliseconds_a_token(again)
     except Exception as error:
         found["torch.compile, static cache"] = f"{type(error).__name__}: {str(error)[:300]}"
+    say("flashnorm.optimize")
     started = time.perf_counter()
     flashnorm.optimize(model)
     found["optimize seconds"] = round(time.perf_counter() - started, 1)
@@ -182,6 +188,7 @@ def decode(name: str) -> dict[str, Any]:
     found["tilings"] = {
         key: one["best"] for key, one in json.loads(file(0).read_text()).items() if "norm_lin" not in key
     }
+    say("bare loops")
     decoder = GraphDecoder(model, find_decoder(model))
 
     def loop() -> None:
@@ -194,6 +201,11 @@ def decode(name: str) -> dict[str, Any]:
     graph: Any = decoder._graph
     found["our graph alone"] = milliseconds_a_token(lambda: [graph.replay() for _ in range(DECODED)])
     return found
+
+
+def say(stage: str) -> None:
+    """What begins now, and when: seconds since the process started to measure."""
+    print(f"{time.perf_counter() - STARTED:6.1f} s  {stage}", file=sys.stderr, flush=True)
 
 
 def save(result: dict[str, Any], path: Path | None) -> None:

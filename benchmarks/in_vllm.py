@@ -166,6 +166,7 @@ def main() -> None:
             for name in options.only if turn % 2 == 0 else reversed(options.only):
                 folder, environment, arguments = CONTENDERS[name]
                 found[name].append(start(folders[folder], options.dtype, options.eager, environment, arguments))
+                print(f"start {turn + 1} of {options.starts}, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     first = found[options.only[0]][0]
     mode = "eager" if options.eager else "compiled"
     print(f"{Path(options.model).name}, {options.dtype}, {mode}, {norms} norms folded; ", end="")

@@ -41,6 +41,7 @@ def numbers(draw: st.DrawFn, dtype: torch.dtype, count: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("gain_dtype", PRECISION)
 @pytest.mark.parametrize("dtype", PRECISION)
@@ -76,6 +77,7 @@ def test_two_gains_on_one_channel_are_rounded_once(data: st.DataObject, dtype: t
         assert Fraction(folded[channel].item()) == rounded(exact, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta_dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", PRECISION)
 @settings(max_examples=60, deadline=None)
@@ -116,6 +118,7 @@ def test_a_bias_carries_infinities_and_nans() -> None:
     assert taken[3].isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("gain_dtype", PRECISION)
 @pytest.mark.parametrize("dtype", PRECISION)

@@ -38,6 +38,7 @@ def converted(run: Commands, source: Path) -> Path:
     return source.parent / "converted"
 
 
+@pytest.mark.slow
 def test_plan_needs_the_config_only(run: Commands, source: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     table = run("plan", tmp_path)
@@ -51,6 +52,7 @@ def test_plan_needs_the_config_only(run: Commands, source: Path, tmp_path: Path)
     assert (len(plan.folds), len(plan.kept)) == (5, 4)
 
 
+@pytest.mark.slow
 def test_plan_says_which_divisions_cancel(run: Commands, source: Path, tmp_path: Path) -> None:
     table = run("plan", source, "--cancel")
     assert (table.returncode, table.stderr) == (0, "")
@@ -71,6 +73,7 @@ def test_plan_says_which_divisions_cancel(run: Commands, source: Path, tmp_path:
     assert run("plan", tmp_path, "--cancel").stdout.strip().endswith("divisions of norms, none of which cancels")
 
 
+@pytest.mark.slow
 def test_plan_says_which_means_can_be_zero(run: Commands, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(tiny.config("gpt2").to_json_string())
     tied = run("plan", tmp_path, "--center")
@@ -92,6 +95,7 @@ def test_plan_says_that_a_quantisation_is_declared(run: Commands, source: Path, 
     assert len(FoldPlan.from_json(run("plan", tmp_path, "--json").stdout).folds) == 5
 
 
+@pytest.mark.slow
 def test_a_tied_head_gets_a_hint(run: Commands, source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -100,6 +104,7 @@ def test_a_tied_head_gets_a_hint(run: Commands, source: Path, tmp_path: Path) ->
     assert run("plan", tmp_path, "--untie").stdout.strip().endswith("5 folded into 11 linears, 4 kept")
 
 
+@pytest.mark.slow
 def test_verify_equal_and_different(run: Commands, source: Path, converted: Path) -> None:
     same = run("verify", source, converted, "--json")
     assert (same.returncode, same.stderr) == (0, "")
@@ -118,6 +123,7 @@ def test_verify_equal_and_different(run: Commands, source: Path, converted: Path
         file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_verify_writes_a_page(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     both = run("verify", source, converted, "--weights-only", "--json", "--html", page)
@@ -130,6 +136,7 @@ def test_verify_writes_a_page(run: Commands, source: Path, converted: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_a_page_needs_an_extra(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here', name='matplotlib')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -140,6 +147,7 @@ def test_a_page_needs_an_extra(run: Commands, source: Path, converted: Path, tmp
     )
 
 
+@pytest.mark.slow
 def test_verify_a_converted_folder_alone(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     whole = run("verify", converted, "--weights-only")
     assert (whole.returncode, whole.stderr) == (0, "")
@@ -154,6 +162,19 @@ def test_verify_a_converted_folder_alone(run: Commands, source: Path, converted:
     assert_refused(run("verify", converted), "--weights-only")
 
 
+def test_progress_as_json_lines(run: Commands, source: Path, tmp_path: Path) -> None:
+    result = run("convert", source, tmp_path / "out", "--json-progress")
+    assert result.returncode == 0
+    lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert lines[0] == {"stage": "converting"}
+    assert lines[-1]["bytes"] == lines[-1]["total"] == (source / "model.safetensors").stat().st_size
+    checked = run("verify", source, tmp_path / "out", "--weights-only", "--json", "--json-progress")
+    assert checked.returncode == 0
+    assert json.loads(checked.stdout)["ok"] is True
+    assert json.loads(checked.stderr.splitlines()[0]) == {"stage": "comparing weights"}
+
+
+@pytest.mark.slow
 def test_convert_says_what_it_did_as_json(run: Commands, source: Path, tmp_path: Path) -> None:
     result = run("convert", source, tmp_path / "out", "--keep-norms", "--json")
     assert json.loads(result.stdout)["norms"] == 5
@@ -181,6 +202,7 @@ def test_an_interrupt_is_not_a_traceback(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_unusable_input(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     assert_refused(run("plan", tmp_path / "nowhere"), "found nothing there")
     assert_refused(run("plan", tmp_path), "no config.json")
@@ -202,6 +224,7 @@ def test_version_and_help(run: Commands) -> None:
     assert "--keep-norms" in helped.stdout
 
 
+@pytest.mark.slow
 def test_an_adapter_is_converted_and_verified(run: Commands, source: Path, converted: Path, tmp_path: Path) -> None:
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     adapter.mkdir()

@@ -28,6 +28,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("interface") / "source", tiny.model(tiny.config("llama")))
 
 
+@pytest.mark.slow
 def test_names() -> None:
     """`dir` and `from flashnorm import *` show all, before anything was asked for; other names are not there."""
     code = """
@@ -41,6 +42,7 @@ print(*sorted(name for name in flashnorm.__all__ if name in globals()))
         flashnorm.optimise  # type: ignore[attr-defined]  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [
@@ -103,12 +105,14 @@ flashnorm.fold_, flashnorm.load  # found, though not what `load` runs at the end
 """
 
 
+@pytest.mark.slow
 def test_runtime_is_imported_when_it_is_used(source: Path, tmp_path: Path) -> None:
     found = python(COMMANDS + "print(*sys.modules, sep='\\n')", source, tmp_path / "out").split()
     assert "flashnorm.convert" in found
     assert not (CPU | GPU) & {*found}
 
 
+@pytest.mark.slow
 def test_nothing_for_a_gpu_is_imported_for_a_model_on_the_cpu(source: Path) -> None:
     code = """
 import sys, transformers, flashnorm
@@ -121,6 +125,7 @@ print(*sys.modules, sep='\\n')
     assert not GPU & found
 
 
+@pytest.mark.slow
 def test_commands_where_the_runtime_does_not_fit(source: Path, tmp_path: Path) -> None:
     """A Transformers without what the runtime needs of it: everything else works."""
     broken = """

@@ -33,6 +33,7 @@ def text(cell: nbformat.NotebookNode) -> str:
     return "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
+@pytest.mark.slow
 def test_every_cell_runs(model: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)

@@ -57,6 +57,7 @@ def test_rows_are_replaced_and_others_stay() -> None:
     assert twice.endswith("\n\nMore.\n")
 
 
+@pytest.mark.slow
 def test_a_real_worker(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", tiny.model(tiny.config("llama")))
     flashnorm.convert(source, tmp_path / "out")

@@ -47,6 +47,7 @@ Subfolder = Annotated[
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it does not exist yet.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonProgress = Annotated[bool, typer.Option("--json-progress", help="Print progress as JSON lines on standard error.")]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -183,6 +184,7 @@ def convert(
     private: Private = False,
     workers: Workers = None,
     as_json: AsJson = False,
+    json_progress: JsonProgress = False,
     revision: Revision = None,
     subfolder: Subfolder = "",
     trust_remote_code: TrustRemoteCode = False,
@@ -194,7 +196,7 @@ def convert(
     from rich.filesize import decimal
 
     from flashnorm.convert import convert as run
-    from flashnorm.progress import progress_bar
+    from flashnorm.progress import show_progress
 
     if look:
         from flashnorm.convert.dry_run import dry_run
@@ -212,7 +214,7 @@ def convert(
         )
         print(found.to_json()) if as_json else _print_dry_run(found)
         return
-    with progress_bar("converting") as bar:
+    with show_progress("converting", json_progress) as shown:
         result = run(
             model,
             out,
@@ -227,8 +229,8 @@ def convert(
             private=private or None,
             workers=workers,
             trust_remote_code=trust_remote_code,
-            progress=bar.bytes,
-            stage=bar.stage,
+            progress=shown.bytes,
+            stage=shown.stage,
         )
     report = result.report
     if as_json:
@@ -347,6 +349,7 @@ def verify(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not run the models.")] = False,
     text: Annotated[Path | None, typer.Option("--text", help="A text file to compare the outputs on.")] = None,
     as_json: AsJson = False,
+    json_progress: JsonProgress = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as an HTML page.")
     ] = None,
@@ -370,15 +373,17 @@ def verify(
     if adapters is not None:
         if out is None or html is not None:
             raise InputError("expected MODEL and OUT with --adapter, and no --html, found other arguments")
-        _verify_adapter(model, out, *adapters, weights_only, text, as_json, revision, subfolder, trust_remote_code)
+        _verify_adapter(
+            model, out, *adapters, weights_only, text, as_json, json_progress, revision, subfolder, trust_remote_code
+        )
         return
-    from flashnorm.progress import progress_bar
+    from flashnorm.progress import show_progress
     from flashnorm.verify import verify as run
     from flashnorm.verify.page import check_page, write_page
 
     if html is not None:
         check_page(html)
-    with progress_bar("comparing weights" if out else "hashing files") as bar:
+    with show_progress("comparing weights" if out else "hashing files", json_progress) as shown:
         report = run(
             model,
             out,
@@ -386,8 +391,8 @@ def verify(
             subfolder=subfolder,
             weights_only=weights_only,
             text=text,
-            progress=bar.bytes,
-            stage=bar.stage,
+            progress=shown.bytes,
+            stage=shown.stage,
             trust_remote_code=trust_remote_code,
         )
     if html is not None:
@@ -408,14 +413,15 @@ def _verify_adapter(
     weights_only: bool,
     text: Path | None,
     as_json: bool,
+    json_progress: bool,
     revision: str | None,
     subfolder: str,
     trust_remote_code: bool,
 ) -> None:
-    from flashnorm.progress import progress_bar
+    from flashnorm.progress import show_progress
     from flashnorm.verify.adapter import verify_adapter
 
-    with progress_bar("comparing adapters") as bar:
+    with show_progress("comparing adapters", json_progress) as shown:
         report = verify_adapter(
             model,
             out,
@@ -425,8 +431,8 @@ def _verify_adapter(
             subfolder=subfolder,
             weights_only=weights_only,
             text=text,
-            progress=bar.bytes,
-            stage=bar.stage,
+            progress=shown.bytes,
+            stage=shown.stage,
             trust_remote_code=trust_remote_code,
         )
     if as_json:

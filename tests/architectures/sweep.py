@@ -367,8 +367,8 @@ def document(tables: Mapping[str, Table], full_size: str) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `make architectures`; tests repeat one in three of the causal language models, and one in ten of "
-        "the others.",
+        "Written by `make architectures`; tests repeat one in six of the causal language models, and one in twenty "
+        "of the others.",
         "",
         *EXPLANATION.splitlines(),
         "",

@@ -45,6 +45,7 @@ def keep_all(plan: FoldPlan) -> FoldPlan:
 # --- models of transformers: what folds is possible, with the weights of the plan; what does not is not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "overrides", "impossible"),
     [

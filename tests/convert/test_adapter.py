@@ -47,6 +47,7 @@ def test_the_table_of_kinds_in_the_documents_has_a_test_for_each_row() -> None:
     assert sorted(name for names in ROWS.values() for name in names) == sorted([*EXACT_KINDS, *REFUSED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT_KINDS)
 def test_a_converted_adapter_is_exact(places: Any, tmp_path: Path, name: str) -> None:
     kind, make = EXACT_KINDS[name]

@@ -223,6 +223,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny.save(tmp_path / "source", tiny_model(request.param))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_norms", [False, True])
 def test_a_checkpoint_goes_round(source: Path, tmp_path: Path, keep_norms: bool) -> None:
     expected = outputs(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64))

@@ -103,6 +103,7 @@ def run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands
         yield commands
 
 
+@pytest.mark.slow
 def test_on_the_hub_it_fetches_headers_and_norms(hub: Hub, run: Commands, tmp_path: Path) -> None:
     folder = source(tmp_path / "source", vocab_size=20_000)
     hub.publish("org/large", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
@@ -121,6 +122,7 @@ def test_on_the_hub_it_fetches_headers_and_norms(hub: Hub, run: Commands, tmp_pa
     assert "tokenizer.json" not in hub.fetched("org/large")
 
 
+@pytest.mark.slow
 def test_what_is_not_on_the_hub(hub: Hub, run: Commands, tmp_path: Path) -> None:
     assert_refused(run("convert", "org/none", tmp_path / "out", "--dry-run"), "org/none", "check the name")
     hub.publish("org/empty", {"config.json": b"{}", "pytorch_model.bin": b""})

@@ -71,6 +71,7 @@ def pool() -> Iterator[Executor]:
         yield pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"keep_norms": True}], ids=["weightless", "norms kept"])
 def test_the_bytes_are_those_of_one_process(tmp_path: Path, pool: Executor, options: dict[str, bool]) -> None:
     source = make(tmp_path / "source", shards=3, untie=True)
@@ -265,6 +266,7 @@ def killed(journal: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     model = tiny.model(tiny.config("llama"), torch.bfloat16)
     model.save_pretrained(tmp_path / "source", max_shard_size="40KB")

@@ -30,6 +30,7 @@ def outputs(model: torch.nn.Module) -> Tensor:
 
 
 class TestATiedHead:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "change",
         [
@@ -53,6 +54,7 @@ class TestATiedHead:
             assert (outputs(load(result.target)) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "prefix"), [("qwen3", ""), ("qwen3", "model."), ("mistral", ""), ("gemma3_text", "")])
 def test_without_an_output_head(tmp_path: Path, kind: str, prefix: str) -> None:
     """Embedding models are published as causal language models without the head."""
@@ -72,6 +74,7 @@ def test_without_an_output_head(tmp_path: Path, kind: str, prefix: str) -> None:
         assert (outputs(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
 def test_a_classifier_without_a_padding_token(tmp_path: Path, kind: str) -> None:
     """Its code refuses several texts at a time."""
@@ -104,6 +107,7 @@ class TestAnIndex:
         (folder / INDEX).write_text(json.dumps(index))
         return folder
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("listed", [ONE, TWO])
     def test_decides_about_copies(self, tmp_path: Path, listed: str) -> None:
         source = self.source(tmp_path / "source", listed)

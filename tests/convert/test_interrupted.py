@@ -76,6 +76,7 @@ class TestInterrupted:
         run(source, tmp_path / "out", progress=second)
         assert_folded(tmp_path / "out", source, absent=set(source.names.norms))
 
+    @pytest.mark.slow
     def test_a_full_disk(self, tmp_path: Path):
         """A limit on the size of a file stands in for a disk that is full: the error comes from the same call."""
         source = make(tmp_path / "source", shards=3)

@@ -45,6 +45,7 @@ def wrong_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CONVERT, "plan_checkpoint", planned)
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_found(source: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     result = flashnorm.convert(source, tmp_path / "out", verify=True, stage=stages.append)
@@ -72,6 +73,7 @@ def test_the_card_says_what_was_found(source: Path, tmp_path: Path) -> None:
     assert verified.keys() == plain.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wrong_plan")
 @pytest.mark.parametrize("old", [False, True])
 def test_what_differs_is_not_published(source: Path, tmp_path: Path, old: bool) -> None:
@@ -116,6 +118,7 @@ def test_as_json(
         assert (report and report["ok"]) == (True if options else None)
 
 
+@pytest.mark.slow
 def test_interrupted_while_it_is_verified(source: Path, tmp_path: Path) -> None:
     def stop(words: str) -> None:
         raise KeyboardInterrupt

@@ -160,6 +160,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True], ids=["unfolded", "folded"])
 @pytest.mark.parametrize("kind", ["llama", "mistral with a window"])
 @pytest.mark.parametrize("name", OPTIONS)

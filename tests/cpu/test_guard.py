@@ -251,6 +251,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True], ids=["at first", "after a text"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_counts(change: Callable[[Any], None], before: bool) -> None:

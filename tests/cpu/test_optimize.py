@@ -25,6 +25,7 @@ from flashnorm.decoding.structure import choose_all_experts, find_decoder
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral with a window", "qwen3_moe, one layer dense"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_generate_gives_the_same_tokens(name: str, options: str) -> None:
@@ -48,6 +49,7 @@ def runs() -> Counter[int]:
 IN_LAYERS = ("beams", "a dictionary", "four beams of a padded batch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral with a window", "qwen3_moe, one layer dense"])
 def test_which_way_ran(name: str, options: str, runs: Counter[int]) -> None:
@@ -156,6 +158,7 @@ PADDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_padded_batch(name: str, dtype: torch.dtype) -> None:
@@ -329,6 +332,7 @@ def test_a_prompt_in_chunks() -> None:
     assert torch.equal(generate(flashnorm.optimize(model), prefill_chunk_size=7), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_compilers(runs: Counter[int]) -> None:
     expected, model = build("llama"), flashnorm.optimize(build("llama"))
     runs.clear()

@@ -31,6 +31,7 @@ def ids(length: int) -> torch.Tensor:
     return (text(length) % 60 + 3).to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama with biases", "granite"])
 @torch.inference_mode()
 def test_steps(name: str) -> None:
@@ -47,6 +48,7 @@ def test_steps(name: str) -> None:
     assert (found - expected).abs().max() <= SAME * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_proven_model_generates_the_same(dtype: torch.dtype) -> None:
     model = model_of("qwen3", dtype, head_dim=16)

@@ -68,6 +68,7 @@ def test_norm_linear(
     assert close(y, exact(x, weight, bias, gain, eps), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", launch.DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 33, 100])
 def test_every_tiling(tokens: int, dtype: torch.dtype) -> None:
@@ -138,6 +139,7 @@ def test_products_of_a_layer(dtype: torch.dtype, biased: bool) -> None:
     assert close(stream, expected, TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", launch.DTYPES)
 @pytest.mark.parametrize(
     ("sizes", "parts", "at", "normed"),

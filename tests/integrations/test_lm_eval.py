@@ -193,6 +193,7 @@ def test_ordinary_checkpoint(pair: tuple[Path, Path]) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
 def test_without_lm_eval() -> None:
     ended = command("--model", "flashnorm")
@@ -201,6 +202,7 @@ def test_without_lm_eval() -> None:
     assert "pip install 'flashnorm[evals]'" in ended.stderr
 
 
+@pytest.mark.slow
 def test_not_imported_by_flashnorm() -> None:
     check = "import sys, flashnorm, flashnorm.cli; flashnorm.load; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -59,6 +59,7 @@ def outputs(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXACT_KINDS, ONLY_IN_MEMORY])
 def test_folded_together(source: Any, tmp_path: Path, name: str) -> None:
     kind, make = EXACT_KINDS[name] if name in EXACT_KINDS else REFUSED[name][:2]

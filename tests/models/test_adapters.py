@@ -88,6 +88,7 @@ def fold(request: pytest.FixtureRequest, places: Path) -> Fold:
     return lambda kind: flashnorm.load(places / f"{kind}-folded", optimize=request.param == "load")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 def test_an_adapter_of_the_source_is_refused(places: Path, tmp_path: Path, fold: Fold, kind: str):
     adapter, _ = trained(source(places, kind), CONFIGS["q and v"](), tmp_path)
@@ -107,6 +108,7 @@ def test_an_adapter_of_the_source_is_refused(places: Path, tmp_path: Path, fold:
         peft.PeftModel.from_pretrained(fold(kind), adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_kind_that_reads_a_folded_norm_is_refused(places: Path, tmp_path: Path, name: str):
     adapter, _ = trained(source(places), CONFIGS[name](), tmp_path)
@@ -126,6 +128,7 @@ def test_what_reads_no_folded_norm_is_exact(places: Path, tmp_path: Path, fold: 
     assert close(logits(peft.PeftModel.from_pretrained(fold("llama"), adapter)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_of_the_folded_model_is_right(tmp_path: Path, fold: Fold, name: str):
     model = fold("llama")
@@ -173,6 +176,7 @@ def refuses(make: Callable[[], PreTrainedModel], adapter: Path) -> None:
         peft.PeftModel.from_pretrained(make(), adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("converted", ["by the command", "by the command, for a folder", "in memory"])
 def test_an_adapter_for_other_folds_is_refused(places: Path, tmp_path: Path, keeping: Path, converted: str):
     """One that was made for a version of the model in which another set of norms is folded; both directions."""
@@ -207,6 +211,7 @@ def test_an_adapter_for_other_folds_is_accepted_where_no_norm_can_fold(places: P
         assert close(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_adapters_for_a_folder_that_is_converted_again(places: Path, tmp_path: Path):
     """They name the folder only, and its folds in a key that PEFT keeps, also when they are trained on and saved."""
     out = tmp_path / "out"

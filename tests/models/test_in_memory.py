@@ -42,6 +42,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=tiny.ids()).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "overrides"), TYPES)
 def test_the_folded_model_computes_the_same(model_type: str, overrides: dict) -> None:
     model = tiny.model(tiny.config(model_type, **overrides), torch.float64)

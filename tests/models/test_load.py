@@ -103,6 +103,7 @@ def test_generates_and_saves_and_loads_again(converted: Path, model: PreTrainedM
     assert saved["flashnorm"] == written["flashnorm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype(converted: Path, dtype: torch.dtype) -> None:
     loaded = flashnorm.load(converted, dtype=dtype)
@@ -140,6 +141,7 @@ def test_a_reference_checkpoint_has_no_flag_and_no_manifest(model: PreTrainedMod
     assert_same(flashnorm.load(converted), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["flash_norm", "flashnorm_folded"])
 def test_the_plain_flag_of_other_engines(model: PreTrainedModel, converted: Path, flag: str) -> None:
     edit_config(converted, lambda config: [config.pop(key) for key in KEYS if key != flag])
@@ -209,6 +211,7 @@ def test_what_was_trained_since_is_told_what_to_do(trained: Path) -> None:
     assert "trained since" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [KEYS, ("flash_norm",), ("flashnorm_folded",)])
 def test_what_was_trained_since_is_folded_again(trained: Path, tmp_path: Path, keys: tuple[str, ...]) -> None:
     edit_config(trained, lambda config: [config.pop(key) for key in KEYS if key not in keys])

@@ -66,6 +66,7 @@ def expected(out: Path, text: str, steps: int, **options: Any) -> list[str]:
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split()
 
 
+@pytest.mark.slow
 def test_a_text_is_continued(run: Commands, out: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w1 w2 w3\n")
     words = expected(out, "w1 w2 w3", 7)
@@ -81,6 +82,7 @@ def test_a_text_is_continued(run: Commands, out: Path, tmp_path: Path) -> None:
         assert float(found[2]) > 0
 
 
+@pytest.mark.slow
 def test_a_text_from_a_pipe(out: Path) -> None:
     for given in ([], ["-"]):
         command = [sys.executable, "-m", "flashnorm", "generate", str(out), *given, "--max-new-tokens", "4"]
@@ -97,6 +99,7 @@ def test_a_message_is_answered(run: Commands, out: Path) -> None:
     assert (result.returncode, result.stdout.split()) == (0, words)
 
 
+@pytest.mark.slow
 def test_a_chat_at_a_terminal(out: Path) -> None:
     """Each message is answered with all that was said before it."""
     first = expected(out, "user w6 assistant", 3)
@@ -113,6 +116,7 @@ def test_a_chat_at_a_terminal(out: Path) -> None:
     assert remarks.count("tokens a second") == 2
 
 
+@pytest.mark.slow
 def test_drawn_tokens(run: Commands, out: Path) -> None:
     def drawn(*options: str) -> list[str]:
         return run("generate", out, "w1", "-n", "8", *options).stdout.split()[1:]
@@ -136,6 +140,7 @@ def test_it_stops_after_a_text_and_on_the_fused_kernels(
     assert (written.prompt, written.tokens) == (2, words.index(stop) + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected_words"),
     [

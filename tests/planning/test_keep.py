@@ -100,6 +100,7 @@ def agree(source: Path, out: Path, norms: int, patterns: list[str] | None) -> No
     assert sum("norm" in name for name, _ in model.named_parameters()) == 5 - norms
 
 
+@pytest.mark.slow
 def test_a_conversion(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert flashnorm.convert(source, out, keep=["final", "*.0.input_layernorm"], verify=True).norms == 3
@@ -107,6 +108,7 @@ def test_a_conversion(source: Path, tmp_path: Path) -> None:
     assert torch.allclose(hidden(out), hidden(source), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_norms", [False, True])
 def test_sentence_transformers_keep_the_final_norm(source: Path, tmp_path: Path, keep_norms: bool) -> None:
     folder, out = tmp_path / "source", tmp_path / "out"

@@ -194,6 +194,7 @@ def test_a_parameter_that_is_stored_in_two_places_of_one_tensor_is_refused() -> 
         tensor_plan(plan_model(model), StoredNames(model, ()))
 
 
+@pytest.mark.slow
 def test_names_of_norms_that_old_releases_stored(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", tiny.model(tiny.config("bert"), torch.float32))
     folded = len(flashnorm.plan(folder).folds)

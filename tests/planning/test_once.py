@@ -57,6 +57,7 @@ def test_load(source: Path, tmp_path: Path, counted: Counter[str]) -> None:
     assert of(counted) == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_verify(source: Path, tmp_path: Path, counted: Counter[str]) -> None:
     """The source once, and the result once; its plan is made afresh, on purpose."""
     flashnorm.convert(source, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from generated import BATCH, OPERATIONS, TOKENS, VOCABULARY, Network, Step
 from hypothesis import given, settings
@@ -35,6 +36,7 @@ def difference(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(networks)
 def test_what_folds_leaves_the_output_unchanged(network: Network) -> None:
@@ -47,6 +49,7 @@ def test_what_folds_leaves_the_output_unchanged(network: Network) -> None:
     assert difference(run(folded), before) <= 1e-12 * network.scale
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(networks, st.integers(0, 2**16))
 def test_what_is_kept_cannot_be_folded(network: Network, seed: int) -> None:

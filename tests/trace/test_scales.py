@@ -284,6 +284,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KNOWN)
 def test_models(model_type: str) -> None:
     verdict, readers = KNOWN[model_type]

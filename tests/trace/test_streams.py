@@ -220,6 +220,7 @@ def test_models(model_type: str) -> None:
     assert {*verdicts.values()} == {"proven"}
 
 
+@pytest.mark.slow
 def test_whisper() -> None:
     """The decoder, not the encoder: a GELU writes into that one."""
     config = families.tiny("speech-seq2seq", "whisper")

@@ -46,6 +46,7 @@ def neox(made: Any) -> list[Path]:
     return made("gpt_neox", peft.LoraConfig(target_modules=["query_key_value", "dense"], bias="lora_only"))
 
 
+@pytest.mark.slow
 def test_right_ones(neox: list[Path]) -> None:
     report = flashnorm.verify_adapter(*neox)
     assert report.ok, report.findings
@@ -99,6 +100,7 @@ def test_damage_is_found(neox: list[Path], tmp_path: Path, damage: Callable[[Pat
     assert any(words in str(finding) for finding in report.findings), report.findings
 
 
+@pytest.mark.slow
 def test_outputs_tell_an_unconverted_adapter(neox: list[Path], tmp_path: Path) -> None:
     """An adapter of the source that pretends to be converted."""
     shutil.copytree(neox[2], tmp_path / "adapter")

@@ -103,6 +103,7 @@ def test_a_whole_folder_passes(converted: Path) -> None:
     assert all(what in text for what in data["unknown"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [
@@ -139,6 +140,7 @@ def test_files_of_tools_do_no_harm(converted: Path) -> None:
     assert problems(converted) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_byte_of_any_listed_file_is_found(converted: Path, data: st.DataObject) -> None:
@@ -157,6 +159,7 @@ def test_any_changed_byte_of_any_listed_file_is_found(converted: Path, data: st.
     assert "another SHA-256" in hashed[0].problem
 
 
+@pytest.mark.slow
 def test_any_changed_byte_of_the_manifest_is_found_or_a_claim(converted: Path) -> None:
     """What is left is what the report prints as the manifest's word; and the manifest's own hash is another one."""
     path = converted / MANIFEST
@@ -227,6 +230,7 @@ def with_json(file: str, change: Callable[[dict[str, Any]], object]) -> Callable
     return lambda folder: edit(folder / file, change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tamper", "expected"),
     [

@@ -87,6 +87,7 @@ def damaged(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "dtype"), HEALTHY)
 def test_healthy_conversions_pass(
     source: Callable[..., Path], tmp_path: Path, model_type: str, dtype: torch.dtype
@@ -108,6 +109,7 @@ def test_healthy_conversions_pass(
         assert report.rounding.kl < report.source.kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_one_weight_left_unfolded_fails(
@@ -122,6 +124,7 @@ def test_one_weight_left_unfolded_fails(
     assert [criterion.ok for criterion in report.criteria[:2]] == [False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("seed", [0, 2])
 def test_experts_chosen_by_a_rounding_error_are_no_difference(tmp_path: Path, model_type: str, seed: int) -> None:
@@ -146,6 +149,7 @@ def test_experts_chosen_by_a_rounding_error_are_no_difference(tmp_path: Path, mo
     assert not all(criterion.ok for criterion in report.criteria[:2])
 
 
+@pytest.mark.slow
 def test_gemma_folded_as_a_plain_gain_fails(source: Callable[..., Path], tmp_path: Path) -> None:
     folder = source("gemma2", torch.bfloat16)
     convert(folder, tmp_path / "out")
@@ -161,6 +165,7 @@ def test_gemma_folded_as_a_plain_gain_fails(source: Callable[..., Path], tmp_pat
     assert not verify_outputs(folder, damaged(tmp_path / "out", fold_plainly)).ok
 
 
+@pytest.mark.slow
 def test_nan_fails(source: Callable[..., Path], tmp_path: Path) -> None:
     folder = source("llama", torch.float32)
     convert(folder, tmp_path / "out")
@@ -182,6 +187,7 @@ def test_a_source_that_does_not_fit_is_not_run(
     assert report.to_dict() == {"ok": True, "skipped": report.skipped}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
 def test_streamed_from_disk_no_number_changes(
     source: Callable[..., Path], tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
@@ -209,6 +215,7 @@ def test_what_cannot_be_streamed_is_said(source: Callable[..., Path]) -> None:
         Runner(streamed=True).outputs(load_and_ask, torch.float32, torch.arange(3))
 
 
+@pytest.mark.slow
 def test_streamed_experts_differ_by_the_arithmetic_alone(source: Callable[..., Path], tmp_path: Path) -> None:
     """They lie in memory in another order, in which their products are summed differently."""
     folder = source("qwen3_moe", torch.bfloat16)
@@ -246,6 +253,7 @@ def test_the_system_tells_its_memory() -> None:
     assert outputs.available_memory() > 1 << 28
 
 
+@pytest.mark.slow
 def test_the_whole_answer(source: Callable[..., Path], tmp_path: Path) -> None:
     """Through `verify`: plan, weights and outputs; text and JSON; progress to the last byte."""
     folder = source("llama", torch.bfloat16)
@@ -272,6 +280,7 @@ def test_the_whole_answer(source: Callable[..., Path], tmp_path: Path) -> None:
     assert "is NOT the same model as" in str(report)
 
 
+@pytest.mark.slow
 def test_untied_conversions_are_recognised(source: Callable[..., Path], tmp_path: Path) -> None:
     folder = source("gemma2", torch.bfloat16)
     for untie in (False, True):
@@ -320,6 +329,7 @@ def test_a_near_tie_is_no_difference() -> None:
 needs_kernels = pytest.mark.skipif(not native.instruction_sets(), reason="the kernels are not compiled")
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_what_load_gives_is_judged(source: Callable[..., Path], tmp_path: Path) -> None:
     folder = source("llama", torch.bfloat16)
@@ -336,6 +346,7 @@ def test_what_load_gives_is_judged(source: Callable[..., Path], tmp_path: Path) 
     assert len(report.criteria) == 5
 
 
+@pytest.mark.slow
 def test_what_load_gives_of_a_model_that_the_kernels_do_not_run(source: Callable[..., Path], tmp_path: Path) -> None:
     folder = source("cohere", torch.float32)
     convert(folder, tmp_path / "out")
@@ -382,6 +393,7 @@ def _wrong_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "after_attention", lambda x, *rest: after(x, *rest) * (0.5 if len(x) > 40 else 1))
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("break_it", [_wrong_steps, _wrong_layers])
 def test_a_broken_runtime_fails(

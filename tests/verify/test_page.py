@@ -113,6 +113,7 @@ class Elements(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_json_is_as_its_schema_says(folders: tuple[Path, Path], report: VerifyReport) -> None:
     validator = jsonschema.Draft202012Validator(SCHEMA)
     skipped = replace(report, outputs=OutputsReport(skipped="it does not fit"))
@@ -227,6 +228,7 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda report: report, nasty], ids=["as it is", "nasty"])
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 360), ("light", 360)])
 def test_in_a_browser(

@@ -66,6 +66,7 @@ def one(tag: str, weight: int, stored: int, gain: ExactGain) -> bool:
     return 0 not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tag", "gain_tag"), list(itertools.product(TAGS, TAGS)))
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())

@@ -87,6 +87,7 @@ def check(tmp_path: Path, model: PreTrainedModel, kept: set[str], shard: str = "
     return "; ".join(plan.kept[name].reason for name in sorted(kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
 @pytest.mark.parametrize("keep_norms", [False, True])
 def test_one_product_that_does_not_fit_keeps_its_norm(tmp_path: Path, shard: str, keep_norms: bool) -> None:
@@ -188,6 +189,7 @@ def test_folding_in_memory(tmp_path: Path) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", range(8))
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int

@@ -66,6 +66,7 @@ def compared(source: Path, out: Path) -> ReturnedReport:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_right_ones_pass_and_one_weight_left_unfolded_is_found(tmp_path: Path, name: str) -> None:
     dtype = torch.float32 if name in ("Qwen3Model", "WhisperForConditionalGeneration") else torch.bfloat16
@@ -97,6 +98,7 @@ def test_a_model_that_draws_random_numbers(tmp_path: Path) -> None:
     assert "does not repeat there: forward: last_hidden_state" in report.unchecked[0]
 
 
+@pytest.mark.slow
 def test_streamed_from_disk_no_number_changes(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source", "T5ForConditionalGeneration", torch.float32), tmp_path / "out"
     convert(source, out)

@@ -24,6 +24,7 @@ TOWERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "model_type"), TOWERS)
 def test_norms_of_towers_fold(family: str, model_type: str) -> None:
     norm, linear = TOWERS[family, model_type]
