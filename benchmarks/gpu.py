@@ -66,24 +66,29 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def microseconds(run: Callable[[], object], replays: int = 20) -> float:
-    """Of one call of a function, which is captured in a CUDA graph: the median of several replays."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
+def microseconds(*runs: Callable[[], object], replays: int = 20) -> list[float]:
+    """Of one call of each function, which is captured in a CUDA graph: the median of several replays.
+
+    The functions take turns, as the clock of a card that has just worked hard is lower.
+    """
+    graphs = []
+    for run in runs:
+        for _ in range(3):
+            run()
         torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times)
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(replays + 1):
+        for graph, found in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(1e3 * start.elapsed_time(end))
+    return [statistics.median(found[1:]) for found in times]
 
 
 def limits() -> dict[str, float]:
@@ -92,8 +97,8 @@ def limits() -> dict[str, float]:
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
     return {
-        "copy_bytes_per_second": 2 * source.nbytes / microseconds(lambda: target.copy_(source)) * 1e6,
-        "product_operations_per_second": 2 * 8192**3 / microseconds(lambda: a @ b) * 1e6,
+        "copy_bytes_per_second": 2 * source.nbytes / microseconds(lambda: target.copy_(source))[0] * 1e6,
+        "product_operations_per_second": 2 * 8192**3 / microseconds(lambda: a @ b)[0] * 1e6,
     }
 
 
@@ -115,9 +120,9 @@ def operator(name: str, tokens: int) -> dict[str, Any]:
         "linear": F.linear,
     }
     found: dict[str, Any] = {"model": name, "inputs": inputs, "outputs": outputs, "tokens": tokens}
-    for contender, run in contenders.items():
-        cold = microseconds(lambda run=run: [run(x, weight) for weight in weights])
-        warm = microseconds(lambda run=run: [run(x, weights[0]) for _ in range(copies)])
+    colds = [lambda run=run: [run(x, weight) for weight in weights] for run in contenders.values()]
+    warms = [lambda run=run: [run(x, weights[0]) for _ in range(copies)] for run in contenders.values()]
+    for contender, cold, warm in zip(contenders, microseconds(*colds), microseconds(*warms), strict=True):
         found[contender] = {"cold": round(cold / copies, 2), "warm": round(warm / copies, 2)}
     known = json.loads(file(0).read_text())
     power = 1 << (tokens - 1).bit_length()

@@ -167,7 +167,7 @@ def test_progress_as_json_lines(run: Commands, source: Path, tmp_path: Path) -> 
     assert result.returncode == 0
     lines = [json.loads(line) for line in result.stderr.splitlines()]
     assert lines[0] == {"stage": "converting"}
-    assert lines[-1]["bytes"] == lines[-1]["total"] == (source / "model.safetensors").stat().st_size
+    assert lines[-1]["bytes"] == lines[-1]["total"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     checked = run("verify", source, tmp_path / "out", "--weights-only", "--json", "--json-progress")
     assert checked.returncode == 0
     assert json.loads(checked.stdout)["ok"] is True
