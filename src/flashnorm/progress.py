@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 from rich.console import Console
@@ -28,7 +28,10 @@ class Reporter(NamedTuple):
 
 def show_progress(label: str, as_json: bool) -> AbstractContextManager[Reporter]:
     """Show progress while the block runs. `label` says what is done, in a word or two."""
-    return _lines(label) if as_json else _bar(label)
+    if not as_json:
+        return _bar(label)
+    lines = _Lines(label)
+    return nullcontext(Reporter(bytes=lines.bytes, stage=lines.stage))
 
 
 @contextmanager
@@ -50,45 +53,40 @@ def _bar(label: str) -> Iterator[Reporter]:
         )
 
 
-@contextmanager
-def _lines(label: str) -> Iterator[Reporter]:
+class _Lines:
     """One JSON object a line when a stage begins, once a second while it runs, and when all its bytes are done.
 
     `bytes_per_second` counts what was done since the stage's first report, so that what an earlier run had done already
     makes no rate.
     """
-    lines = _Lines(label)
-    yield Reporter(bytes=lines.bytes, stage=lines.stage)
-
-
-class _Lines:
-    """What the lines need to know of the stage that runs."""
 
     def __init__(self, label: str) -> None:
         self.stage(label)
 
     def stage(self, words: str) -> None:
         self._words = words
-        self._first: tuple[float, int] | None = None
+        self._begun: tuple[float, int] | None = None
+        self._ended = False
         self._printed = time.monotonic()
         self._print({"stage": words})
 
     def bytes(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now, done
-        if done < total and now - self._printed < _INTERVAL:
+        now, ends = time.monotonic(), done >= total
+        if self._begun is None or (self._ended and not ends):  # the first report, or the same words for more work
+            self._begun, self._ended = (now, done), False
+        if self._ended or not (ends or now - self._printed >= _INTERVAL):
             return
-        self._printed = now
-        seconds, moved = now - self._first[0], done - self._first[1]
+        self._printed, self._ended = now, ends
+        seconds, moved = now - self._begun[0], done - self._begun[1]
         rate = moved / seconds if seconds > 0 else 0.0
+        left = (total - done) / rate if rate else None
         self._print(
             {
                 "stage": self._words,
                 "bytes": done,
                 "total": total,
                 "bytes_per_second": round(rate),
-                "seconds_left": round((total - done) / rate, 1) if rate else None,
+                "seconds_left": 0.0 if ends else left and round(left, 1),
             }
         )
 
