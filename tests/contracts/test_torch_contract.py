@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+import tiny
 from flashnorm.compat import torch as compat
 from flashnorm.trace import rules
 
@@ -109,6 +110,27 @@ def test_trees() -> None:
     tree = {"a": (1, [2, None]), "b": 3}
     assert compat.tree_leaves(tree) == [1, 2, None, 3], "tree_leaves has another order: results would be mixed up"
     assert compat.tree_map(str, tree) == {"a": ("1", ["2", "None"]), "b": "3"}, "tree_map changes the nest"
+
+
+def test_what_an_operator_takes() -> None:
+    """In what operators take and return, `flat` and `map_flat` find all that PyTorch's own functions find."""
+
+    class Compared(compat.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for nest in ((args, kwargs or {}), out):
+                assert [*map(id, compat.flat(nest))] == [*map(id, compat.tree_leaves(nest))], f"{func} nests otherwise"
+                assert compat.tree_leaves(compat.map_flat(id, nest)) == compat.tree_leaves(compat.tree_map(id, nest))
+            self.seen += 1
+            return out
+
+    with Compared() as compared:
+        torch.cat([part * 2 for part in torch.ones(4, 6).split([2, 4], dim=1)], 1)[:, torch.tensor([0, 1])].topk(2)
+        nn.LayerNorm((6,))(torch.ones(2, 6).std(dim=(0, 1)) + torch.ones(2, 6))
+        tiny.model(tiny.config("llama"))(tiny.ids())
+    assert compared.seen > 200
 
 
 @pytest.fixture

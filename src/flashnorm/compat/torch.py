@@ -23,13 +23,15 @@ __all__ = [
     "calls_itself",
     "children",
     "compute_alone",
+    "flat",
     "forward_hooks",
     "has_hooks",
     "is_mutable",
+    "map_flat",
     "memory_of",
     "note_reads",
     "surroundings",
-    "tree_leaves",  # the leaves of nested lists, tuples and dictionaries, in order; anything else is a leaf
+    "tree_leaves",  # the leaves of what a module takes or returns: lists, dictionaries, Transformers' outputs, ...
     "tree_map",  # the same nesting, with a function applied to each leaf
     "with_parameters",
     "without_modes",
@@ -54,6 +56,36 @@ def written(operator: Any, args: Any) -> list[Tensor]:
     """The tensors among an operator's positional arguments that it writes into."""
     declared = zip(operator._schema.arguments, args, strict=False)
     return [value for argument, value in declared if argument.is_write and isinstance(value, Tensor)]
+
+
+def flat(arguments: Any) -> list[Any]:
+    """The tensors, numbers and other values that an operator takes or returns, in order, out of their lists.
+
+    An operator's schema nests them in nothing but lists, tuples and dictionaries. `tree_leaves` would find the same
+    ones, but it looks for many kinds of nests, which took a third of a trace's time.
+    """
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    elif not isinstance(arguments, (list, tuple)):
+        return [arguments]
+    found: list[Any] = []
+    for value in arguments:
+        if isinstance(value, (list, tuple, dict)):
+            found += flat(value)
+        else:
+            found.append(value)
+    return found
+
+
+def map_flat(function: Callable[[Any], Any], arguments: Any) -> Any:
+    """The same arguments or results with a function applied to each value that `flat` finds."""
+    if isinstance(arguments, dict):
+        return {name: map_flat(function, value) for name, value in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(map_flat(function, value) for value in arguments)
+    if isinstance(arguments, list):
+        return [map_flat(function, value) for value in arguments]
+    return function(arguments)
 
 
 def compute_alone() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashnorm.compat.torch import tree_leaves
+from flashnorm.compat.torch import flat
 from flashnorm.plan import Kept, Kind
 from flashnorm.removable import Division, Ending, Reader
 from flashnorm.trace.planner import Analysis
@@ -428,7 +428,7 @@ def _propagate(call: Call) -> list[Value]:
     """What is known of the factors of each result of an operator. Notes which parameters operators compute with."""
     rule = _TABLE.get(call.func.overloadpacket)
     if rule is None or not _only_moves(rule):
-        for leaf in tree_leaves((call.args, call.kwargs)):
+        for leaf in flat((call.args, call.kwargs)):
             view = call.value_of(leaf).view if isinstance(leaf, Tensor) else None
             if view is not None and view.name not in call.records.uses:
                 call.records.uses[view.name].append(Use(at=call.records.here(ANOTHER_USE, call.operator)))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashnorm.compat.torch import tree_leaves
+from flashnorm.compat.torch import flat
 from flashnorm.plan import Kept, Kind
 from flashnorm.removable import Centring, Writer
 from flashnorm.trace.planner import Analysis
@@ -373,7 +373,7 @@ def _all_channels(call: Call, key: str, index: Tensor, dim: int) -> bool:
 
 def _other(call: Call, why: Kept = _READS) -> Value:
     """Any other operator: streams that it reads escape, and so do its parameters."""
-    leaves = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in flat((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
     _escape_all(call, [call.value(leaf) for leaf in leaves], why)
     _other_uses(call, leaves)
     return PLAIN

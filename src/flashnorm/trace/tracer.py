@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashnorm.compat.torch import TorchDispatchMode, is_mutable, memory_of, note_reads, tree_leaves
+from flashnorm.compat.torch import TorchDispatchMode, flat, is_mutable, memory_of, note_reads, tree_leaves
 from flashnorm.plan import Kept, Kind
 from flashnorm.trace.records import Records, unknown
 from flashnorm.trace.rules import ANSWERS, GUESSES, Call, fitting_sizes, propagate
@@ -92,10 +92,10 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _record(self, call: Call) -> None:
-        numbers = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, (int, float))]
+        numbers = [leaf for leaf in flat((call.args, call.kwargs)) if isinstance(leaf, (int, float))]
         self.operators[f"{call.func} {numbers}"] += 1
         values = self._propagate(call)
-        outputs = [leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in flat(call.out) if isinstance(leaf, Tensor)]
         mutable = is_mutable(call.func)
         if mutable:
             self._no_longer_zero(call)
@@ -110,7 +110,7 @@ class Tracer(TorchDispatchMode):
 
     def _no_longer_zero(self, call: Call) -> None:
         """Note that the operands of a write, and all tensors that share their memory, may not be zero any more."""
-        for leaf in tree_leaves((call.args, call.kwargs)):
+        for leaf in flat((call.args, call.kwargs)):
             for alias in self._storages.get(memory_of(leaf), ()) if isinstance(leaf, Tensor) else ():
                 if self._values[id(alias)].zero:
                     self._values[id(alias)] = replace(self._values[id(alias)], zero=False)

@@ -44,9 +44,9 @@ from torch import Tensor
 from flashnorm.compat.torch import (
     TorchDispatchMode,
     TorchFunctionMode,
+    flat,
+    map_flat,
     memory_of,
-    tree_leaves,
-    tree_map,
     without_modes,
     written,
 )
@@ -101,8 +101,8 @@ class MixedDevices(TorchDispatchMode):
         self._known: dict[int, tuple[Tensor, _Numbers]] = {}  # by id; the held tensor keeps its id from being reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(self._stand_in, (args, kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        args, kwargs = map_flat(self._stand_in, (args, kwargs or {}))
+        tensors = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, Tensor)]
         numbers = [self._numbers(tensor) for tensor in tensors]
         known = bool(tensors) and None not in numbers
         if known and all(each.certain for each in numbers if each):
@@ -113,7 +113,7 @@ class MixedDevices(TorchDispatchMode):
         if not known and _leaves_meta(func, kwargs):  # there are no numbers to take along: it stays
             kwargs = kwargs | {"device": _META}
         known &= not self._forget_written(func, args, known)
-        result = func(*self._on_meta(func, args), **tree_map(_to_meta, kwargs))
+        result = func(*self._on_meta(func, args), **map_flat(_to_meta, kwargs))
         self._guess(func, args, kwargs, result, known)
         return result
 
@@ -133,15 +133,15 @@ class MixedDevices(TorchDispatchMode):
         if targets := written(func, args):
             return targets[0]
         device = kwargs.get("device", _META)
-        from_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs)))
-        return tree_map(self._to_known, result) if device == _META and (from_meta or "device" in kwargs) else result
+        from_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in flat((args, kwargs)))
+        return map_flat(self._to_known, result) if device == _META and (from_meta or "device" in kwargs) else result
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         def values(leaf: Any) -> Any:
             numbers = self._numbers(leaf) if isinstance(leaf, Tensor) else None
             return numbers.values if numbers else leaf
 
-        args, kwargs = tree_map(values, (args, kwargs))
+        args, kwargs = map_flat(values, (args, kwargs))
         kwargs = {name: "cpu" if name == "device" and value == _META else value for name, value in kwargs.items()}
         with without_modes():
             return func(*args, **kwargs)
@@ -181,7 +181,7 @@ class MixedDevices(TorchDispatchMode):
     def _on_meta(self, func: Any, args: Any) -> Any:
         if func.overloadpacket is aten.index:
             args = (args[0], [at for index in args[1] for at in self._positions(index)], *args[2:])
-        return tree_map(_to_meta, args)
+        return map_flat(_to_meta, args)
 
     def _positions(self, index: Tensor | None) -> Sequence[Tensor | None]:
         """A mask as index tensors, one for each of its dimensions; an index tensor as it is."""
@@ -203,7 +203,7 @@ class MixedDevices(TorchDispatchMode):
                 guessed = self._compute(func, args, kwargs)
             except Exception:  # the guess was wrong: an index made from it is out of bounds
                 return
-            for tensor, values in zip(tree_leaves(result), tree_leaves(guessed), strict=True):
+            for tensor, values in zip(flat(result), flat(guessed), strict=True):
                 if isinstance(tensor, Tensor) and tensor.shape == values.shape:
                     self._known[id(tensor)] = tensor, _Numbers(values, False)
 

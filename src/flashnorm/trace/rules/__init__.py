@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashnorm.compat.torch import is_mutable, tree_leaves
+from flashnorm.compat.torch import flat, is_mutable
 from flashnorm.trace.rules import contraction, elementwise, joining, movement, nonlinear, norms, reductions
 from flashnorm.trace.rules.call import Call, Rule, UnknownError
 from flashnorm.trace.rules.questions import ANSWERS, GUESSES, Guess, fitting_sizes
@@ -84,8 +84,8 @@ RULES: dict[Any, Rule] = {
 
 def propagate(call: Call, rules: Mapping[Any, Rule] = RULES) -> list[Value]:
     """What is known of each result of an operator. Records uses and escapes on the way; `rules` is the table to use."""
-    operands = [call.value(leaf) for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-    count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(call.out))
+    operands = [call.value(leaf) for leaf in flat((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    count = sum(isinstance(leaf, Tensor) for leaf in flat(call.out))
     packet = call.func.overloadpacket
     rule = rules.get(_out_of_place(call.func))
     if rule is not None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flashnorm.compat.torch import tree_leaves
+from flashnorm.compat.torch import flat
 from flashnorm.trace.rules.call import Call, UnknownError
 from flashnorm.trace.values import PLAIN, UNKNOWN, ZERO, Value, carries, collapse, constant_along
 
@@ -64,10 +64,10 @@ def _moved_apart(value: Value, move: Callable[[Tensor], list[Tensor]], count: in
 def move(call: Call) -> list[Value]:
     """Run the operator itself on the index tensors of its only tensor argument."""
     value = call.value(call.args[0])
-    count = len(tree_leaves(call.out))
+    count = len(flat(call.out))
     if not value.tracked:
         return [value] * count
-    return _moved_apart(value, lambda index: tree_leaves(call.func(index, *call.args[1:], **call.kwargs)), count)
+    return _moved_apart(value, lambda index: flat(call.func(index, *call.args[1:], **call.kwargs)), count)
 
 
 def move_written(call: Call) -> list[Value]:

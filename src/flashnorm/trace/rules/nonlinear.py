@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashnorm.compat.torch import tree_leaves
+from flashnorm.compat.torch import flat
 from flashnorm.trace.rules.call import Call
 from flashnorm.trace.rules.reasons import NON_LINEAR
 from flashnorm.trace.values import PLAIN, Value
@@ -18,7 +18,7 @@ from flashnorm.trace.values import PLAIN, Value
 
 def stop(call: Call, operands: Sequence[Any] | None = None) -> Value:
     """Every gain escapes. What is computed from a statistic, such as `rsqrt(mean(x^2))`, is a statistic as well."""
-    leaves = tree_leaves((call.args, call.kwargs) if operands is None else operands)
+    leaves = flat((call.args, call.kwargs) if operands is None else operands)
     values = [call.value(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     for gain in dict.fromkeys(gain for value in values for gain in value.gains):
         call.escape(gain, NON_LINEAR)
