@@ -88,6 +88,7 @@ def test_plan_says_which_means_can_be_zero(run: Commands, tmp_path: Path) -> Non
     assert {"name": "transformer.wte.weight", "axis": 1} in first["writers"]
 
 
+@pytest.mark.slow
 def test_plan_says_that_a_quantisation_is_declared(run: Commands, source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

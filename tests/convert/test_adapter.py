@@ -61,6 +61,7 @@ def test_a_converted_adapter_is_exact(places: Any, tmp_path: Path, name: str) ->
     assert adapters.distance(found, expected) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_exact_is_refused(places: Any, tmp_path: Path, name: str) -> None:
     kind, make, words = REFUSED[name]

@@ -129,6 +129,7 @@ def test_what_is_not_on_the_hub(hub: Hub, run: Commands, tmp_path: Path) -> None
     assert_refused(run("convert", "org/empty", tmp_path / "out", "--dry-run"), "org/empty:", "pickles only")
 
 
+@pytest.mark.slow
 def test_a_damaged_header_on_the_hub_is_not_fetched(hub: Hub, run: Commands, tmp_path: Path) -> None:
     """The file is as large as its header claims to be, so that the size alone does not show the damage."""
     damaged = (MAX_BYTES + 1).to_bytes(8, "little") + bytes(MAX_BYTES + 1)
@@ -140,6 +141,7 @@ def test_a_damaged_header_on_the_hub_is_not_fetched(hub: Hub, run: Commands, tmp
     assert sent == {"bytes=0-22", "bytes=0-524287"}  # the config, and the first half megabyte of the weights
 
 
+@pytest.mark.slow
 def test_on_the_hub_at_a_revision_in_a_subfolder(hub: Hub, run: Commands, tmp_path: Path) -> None:
     folder = source(tmp_path / "source")
     files = {f"inner/{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}

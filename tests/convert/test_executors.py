@@ -132,6 +132,7 @@ class TestFailures:
         assert not staging_folder(target).exists()
         return result.resumed_shards
 
+    @pytest.mark.slow
     def test_a_worker_that_is_killed(self, tmp_path: Path, source: Handmade) -> None:
         class OneDies(Executor):
             """The worker that takes the third shard dies of it, after another one is finished."""

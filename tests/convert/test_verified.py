@@ -92,6 +92,7 @@ def test_what_differs_is_not_published(source: Path, tmp_path: Path, old: bool) 
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if old else [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wrong_plan")
 def test_exit_status_of_a_difference(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -73,6 +73,7 @@ def test_folded_together(source: Any, tmp_path: Path, name: str) -> None:
     assert adapters.distance(adapters.logits(model.train().eval()), expected) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dora", "experts", "saved layers", "norm biases", "trained biases"])
 def test_what_is_saved_is_the_converted_adapter(source: Any, tmp_path: Path, name: str) -> None:
     """Tensor by tensor, and with a base that only models with the same folds accept."""

@@ -238,6 +238,7 @@ def test_adapters_for_a_folder_that_is_converted_again(places: Path, tmp_path: P
         refuses(lambda: flashnorm.load(out), adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("untied", ["source", "converted"])
 def test_a_head_that_another_version_has_untied(tmp_path: Path, untied: str):
     """An adapter of the head has the final norm's gain in one version, and not in the other."""

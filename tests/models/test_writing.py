@@ -93,6 +93,7 @@ def test_a_text_from_a_pipe(out: Path) -> None:
     assert b"standard input: expected a UTF-8 text" in broken.stderr
 
 
+@pytest.mark.slow
 def test_a_message_is_answered(run: Commands, out: Path) -> None:
     words = expected(out, "system w5 user w6 assistant", 6)
     result = run("generate", out, "w6", "--chat", "--system-prompt", "w5", "-n", "6")

@@ -123,6 +123,7 @@ def test_json_is_as_its_schema_says(folders: tuple[Path, Path], report: VerifyRe
         validator.validate(report.to_dict() | {"version": 2})
 
 
+@pytest.mark.slow
 def test_the_page_has_the_facts_of_the_report(report: VerifyReport) -> None:
     page = Elements(html(report))
     text = " ".join(page.text.split())

@@ -117,6 +117,7 @@ def test_a_gain_of_one_plus_w(tmp_path: Path) -> None:
     assert "gain of 1093 " in check(tmp_path, model, {INPUT.format(1)})
 
 
+@pytest.mark.slow
 def test_fused_projections_and_experts(tmp_path: Path) -> None:
     fused = build("phi3")
     enlarge(fused, INPUT.format(1), 3000, "model.layers.1.self_attn.qkv_proj.weight", 60)
