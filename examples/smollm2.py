@@ -7,13 +7,17 @@
 """
 
 import contextlib
+import functools
 import io
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -35,13 +39,22 @@ def build(folder: Path) -> Path:
     weights = Path(package.origin).parent
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+    with read_once(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         model: Any = AutoModelForCausalLM.from_pretrained(weights, gguf_file=GGUF, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=GGUF)
     # The weights are dequantised; the model must not say otherwise.
     model.hf_quantizer = None
     del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=GGUF)
     return publish(model, tokenizer, folder)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Keep what is read of a GGUF file: Transformers reads its metadata three times, and makes its names 400 times."""
+    with contextlib.ExitStack() as patches:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patches.enter_context(mock.patch.object(gguf, name, functools.cache(getattr(gguf, name))))
+        yield
 
 
 def publish(model: Any, tokenizer: Any, folder: Path) -> Path:
