@@ -85,6 +85,13 @@ for line in (*helpful, *wrong):
 """
 
 
+def test_the_version_is_told_without_building_the_commands() -> None:
+    code = "import sys\nfrom flashnorm import cli\nsys.argv[1:] = ['--version']\n"
+    found = python(f"{code}try:\n    cli.main()\nfinally:\n    print(*sys.modules, sep='\\n')")
+    assert found.startswith("flashnorm ")
+    assert not {"torch", "transformers", "pydantic"} & {*found.split()}
+
+
 @pytest.mark.parametrize("code", ["import flashnorm", HELP], ids=["import", "help and wrong arguments"])
 def test_what_uses_no_model_imports_neither_torch_nor_transformers(code: str) -> None:
     found = python(f"{code}\nimport sys; print(*sys.modules, sep='\\n')")

@@ -560,6 +560,9 @@ def _remarks() -> Iterator[None]:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    if sys.argv[1:] == ["--version"]:  # a script's question is answered without building all commands
+        print(f"flashnorm {__version__}")
+        sys.exit(0)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         try:

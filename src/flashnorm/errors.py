@@ -22,7 +22,7 @@ class DifferenceError(Exception):
         self.report = report
 
 
-def brief(error: Exception, limit: int = 300) -> str:
-    """Another library's message on one line, cut to `limit` characters, to put at the end of a message."""
+def brief(error: Exception) -> str:
+    """Another library's message on one line, cut to 300 characters, to put at the end of a message."""
     words = " ".join(str(error).split())
-    return words if len(words) <= limit else words[: limit - 3] + "..."
+    return words if len(words) <= 300 else words[:297] + "..."

@@ -6,7 +6,7 @@
   Models in training stay plain, as optimised ones run their own code there.
 * Its parameters then want no gradients, on plain models either: where they do, a layer's own code runs.
 * The distribution lacks the tests of `generate` and of export, which the mixin inherits from; empty classes take their
-  place here. `tests/cpu/test_generate_options.py` has a table of options of `generate` instead.
+  place here. `tests/decoding/test_generate_options.py` has a table of options of `generate` instead.
 """
 
 import importlib

@@ -91,7 +91,9 @@ def test_a_model_that_draws_random_numbers(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     transformers.ViTMAEModel(config).bfloat16().save_pretrained(source)
     convert(source, out)
+    state = torch.get_rng_state()
     report = compared(source, out)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers go on
     assert len(report.criteria) == 1
     assert report.ok
     assert not any(one.judged for one in report.returned)

@@ -23,7 +23,6 @@ __all__ = [
     "INDIFFERENT_SETTINGS",
     "GenerationMode",  # greedy search, sampling, beams, ...: the mode that `generate` derives from its options
     "attention_function",
-    "attention_implementation",
     "cache_argument",
     "cached",
     "empty_cache",
@@ -80,11 +79,6 @@ def attention_function(attention: Any, config: Any) -> Callable[..., Any]:
     """
     eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
-
-
-def attention_implementation(model: Any) -> str:
-    """The name of the configured attention function, for `set_attn_implementation`."""
-    return model.config._attn_implementation
 
 
 def cache_argument(model: Any) -> str:

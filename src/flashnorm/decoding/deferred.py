@@ -1,8 +1,9 @@
-"""The identities that the kernels use, as pure functions: what a layer computes when its norms are deferred.
+"""What a layer computes when its norms are deferred: the paper's identities as pure functions.
 
-These functions are the reference for the kernels, and `formula.py` compares each kind of layer with them before layers
-are replaced. Everything is computed in the dtype of the arguments. "The paper" is arXiv 2407.09577, and numbers of
-propositions, figures and sections are those of the paper.
+`decoder_layer` and what it calls is the reference for the kernels: `formula.py` compares each kind of layer with it
+before layers are replaced. Tests compare the other identities with what they replace. Everything is computed in the
+dtype of the arguments. "The paper" is arXiv 2407.09577, and numbers of propositions, figures and sections are those of
+the paper.
 """
 
 import math

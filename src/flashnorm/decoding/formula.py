@@ -5,11 +5,10 @@
   with large weights: a limit that clips large numbers would not show otherwise.
 * What the model passes to its layers is checked as well: the mask of each layer, and that the RoPE tables of a position
   are the same in every sequence.
+* All of this runs on a copy that shares the model's weights, as another thread may use the model meanwhile.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
-from flashnorm.compat.generation import attention_implementation
 from flashnorm.decoding.decoder import Decoder, UnsupportedError
 from flashnorm.decoding.deferred import LayerWeights, decoder_layer, inverse_rms
 from flashnorm.decoding.structure import find_decoder, read_layer
@@ -33,7 +31,7 @@ _CLIPPED, _LARGE = ("v", "gate", "up", "router", "experts_in"), 256.0
 
 @torch.inference_mode()
 def read_decoder(model: PreTrainedModel) -> Decoder:
-    """Find a model's decoder and prove its layers, one of each kind.
+    """Find a model's decoder and prove its layers, one of each kind. The model itself is not changed.
 
     Args:
         model: the model, in memory, on one device, in evaluation mode.
@@ -43,8 +41,22 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     """
     decoder = find_decoder(model)
     _check_room(model, decoder)
-    _prove_layers(model, decoder)
+    shared = _sharing_weights(model)
+    shared.set_attn_implementation("eager")
+    shared_decoder = find_decoder(shared)
+    _check_rotation(shared_decoder, shared.config.max_position_embeddings)
+    _prove_layers(shared, shared_decoder)
+    _check_windows(shared, shared_decoder)
+    _prove_surroundings(shared, shared_decoder)
     return decoder
+
+
+def _sharing_weights(model: Any) -> Any:
+    """A copy of a model with modules, config and hooks of its own, and with the model's own parameters and buffers."""
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    except Exception as error:
+        raise UnsupportedError(f"expected a model whose modules can be copied, found {error}") from error
 
 
 def _check_room(model: Any, decoder: Decoder) -> None:
@@ -68,34 +80,31 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _prove_layers(model: Any, decoder: Decoder) -> None:
-    _check_rotation(decoder, model.config.max_position_embeddings)
-    _check_windows(model, decoder)
-    generator = torch.Generator().manual_seed(0)
-    device = decoder.head.device
-    x = torch.randn(1, _TOKENS, decoder.hidden, generator=generator).to(device)
+    x = torch.randn(1, _TOKENS, decoder.hidden, generator=torch.Generator().manual_seed(0)).to(decoder.head.device)
     tables = decoder.tables(0, _TOKENS)
-    with _eager(model):
-        for index in kinds_of_layers(model, decoder).values():
-            layer, weights = model.base_model.layers[index], decoder.layers[index]
-            cos, sin = (table[weights.table] for table in tables)
-            own = _as_float(layer)
-            copied = read_layer(own, model.config, index)
-            for factor in (1.0, _LARGE):
-                for name in _CLIPPED:
-                    if (weight := getattr(copied, name)) is not None:
-                        weight.mul_(factor)
-                expected = _run(own, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
-                found = decoder_layer(x, cos, sin, copied, decoder.settings)
-                _compare(f"layer {index}", found - x, expected - x)
-    # Embedding, final norm and head: the model's own code without any layer, compared with the formula.
-    ids = torch.randint(0, decoder.embedding.shape[0], (1, _TOKENS), generator=generator).to(device)
+    for index in kinds_of_layers(model, decoder).values():
+        layer, weights = model.base_model.layers[index], decoder.layers[index]
+        cos, sin = (table[weights.table] for table in tables)
+        own = _as_float(layer)
+        copied = read_layer(own, model.config, index)
+        for factor in (1.0, _LARGE):
+            for name in _CLIPPED:
+                if (weight := getattr(copied, name)) is not None:
+                    weight.mul_(factor)
+            expected = _run(own, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), weights.window)
+            found = decoder_layer(x, cos, sin, copied, decoder.settings)
+            _compare(f"layer {index}", found - x, expected - x)
+
+
+def _prove_surroundings(model: Any, decoder: Decoder) -> None:
+    """Compare embedding, final norm and head with the formula: the model's own code runs, without any layer."""
+    model.base_model.layers = nn.ModuleList()
+    model.config.output_router_logits = False  # they are a loss over the routers, and no router is left
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, decoder.embedding.shape[0], (1, _TOKENS), generator=generator).to(decoder.head.device)
     embedded: list[Tensor] = []
-    hook = model.base_model.norm.register_forward_pre_hook(lambda _, args: embedded.append(args[0].float()))
-    try:
-        with _without_layers(model):
-            expected = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        hook.remove()
+    model.base_model.norm.register_forward_pre_hook(lambda _, args: embedded.append(args[0].float()))
+    expected = model(input_ids=ids, use_cache=False).logits.float()
     settings, cap = decoder.settings, decoder.logit_cap
     x = decoder.embedding[ids].float() * decoder.embedding_scale
     read = x * inverse_rms(x, settings.eps)
@@ -150,23 +159,13 @@ def _check_rotation(decoder: Decoder, longest: int) -> None:
 def _check_windows(model: Any, decoder: Decoder) -> None:
     """Check that the model gives each layer the mask of its window, here with a window of three positions."""
     masks: list[Tensor | None] = []
-    hooks = [
+    for layer in model.base_model.layers:
         layer.register_forward_pre_hook(
             lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
         )
-        for layer in model.base_model.layers
-    ]
-    configured = getattr(model.config, "sliding_window", None)
-    try:
-        if configured:
-            model.config.sliding_window = 3
-        with _eager(model):
-            model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long, device=decoder.head.device), use_cache=False)
-    finally:
-        if configured:
-            model.config.sliding_window = configured
-        for hook in hooks:
-            hook.remove()
+    if getattr(model.config, "sliding_window", None):
+        model.config.sliding_window = 3
+    model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long, device=decoder.head.device), use_cache=False)
     for index, (mask, layer) in enumerate(zip(masks, decoder.layers, strict=True)):
         expected = _seen(3 if layer.window else None, decoder.head.device)
         if mask is None or not torch.equal((mask if mask.dtype == torch.bool else mask == 0)[0, 0], expected):
@@ -207,28 +206,3 @@ def _as_float(layer: nn.Module) -> nn.Module:
         return copy.deepcopy(layer).float()
     except Exception as error:
         raise UnsupportedError(f"expected a decoder layer, found one that cannot be copied: {error}") from error
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    before = attention_implementation(model)
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _without_layers(model: PreTrainedModel) -> Iterator[None]:
-    base: Any = model.base_model
-    layers, asks = base.layers, getattr(model.config, "output_router_logits", False)
-    base.layers = nn.ModuleList()
-    if asks:  # for a loss of routers, of which there are none
-        model.config.output_router_logits = False
-    try:
-        yield
-    finally:
-        base.layers = layers
-        if asks:
-            model.config.output_router_logits = asks

@@ -264,11 +264,8 @@ class GraphDecoder:
                 else:
                     kept.append(made)
         self._cos, self._sin = (table[0].contiguous() for table in decoder.tables(0, self._capacity))
-        units = (
-            132 if self._device.type != "cuda" else torch.cuda.get_device_properties(self._device).multi_processor_count
-        )
         blocks = triton.cdiv(self._capacity, launch.Attention.BLOCK)
-        parts = max(1, min(_MOST_PARTS, blocks, 2 * units // settings.kv_heads))
+        parts = max(1, min(_MOST_PARTS, blocks, 2 * _multiprocessors(self._device) // settings.kv_heads))
         self._attention = launch.Attention(settings.heads, settings.kv_heads, settings.head_dim, self._device, parts)
         self._graph = None
 

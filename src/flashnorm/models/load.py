@@ -51,7 +51,7 @@ def load(
         subfolder: the model's folder, relative to the source's.
         dtype: dtype of the loaded weights; "auto" is the checkpoint's own.
         device: device to move the model to; None leaves it where Transformers puts it.
-        optimize: whether to call `flashnorm.optimize` if the model is on the CPU and supported.
+        optimize: whether to call `flashnorm.optimize` if the kernels support the model where it is.
         trust_remote_code: whether code that comes with the checkpoint may run.
         kwargs: further arguments of Transformers' `from_pretrained`.
 

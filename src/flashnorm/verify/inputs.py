@@ -52,8 +52,9 @@ class Call:
     def run(self, model: nn.Module, arguments: Arguments, dtype: torch.dtype) -> Any:
         """Call the method once, with floating-point arguments in a dtype, and the same random numbers every time."""
         method = model if self.method == "forward" else getattr(model, self.method)
-        torch.manual_seed(0)  # some models mask at random
-        return method(**{name: _in_dtype(value, dtype) for name, value in arguments.items()})
+        with torch.random.fork_rng():  # the caller's random numbers go on as if there had been no call
+            torch.manual_seed(0)  # some models mask at random
+            return method(**{name: _in_dtype(value, dtype) for name, value in arguments.items()})
 
 
 def calls_with_numbers(model: PreTrainedModel, tokens: Tensor, dtype: torch.dtype) -> list[Call]:

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flashnorm.compat import vllm
+from flashnorm.compat.torch import TorchDispatchMode, tree_leaves
 from flashnorm.cpu import ops
 from flashnorm.cpu.kernels import native
 from flashnorm.errors import InputError
