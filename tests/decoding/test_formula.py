@@ -1,5 +1,7 @@
 """The proof of the formula leaves the model alone, which may generate for somebody else at the same time."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_the_model_is_not_changed_while_it_is_proven(name: str, monkeypatch: pyt
         with torch.no_grad():
             return model(ids).logits
 
-    def compared(*arguments: object) -> None:
+    def compared(*arguments: Any) -> None:
         used.append(used_meanwhile())
         compare(*arguments)
 

@@ -102,13 +102,17 @@ class GraphDecoder:
             self._use(decoder)
 
     def start(self, sequences: int = 1) -> None:
-        """Forget the sequence and begin a new one; there is only one at a time."""
+        """Forget the sequence and begin a new one; `ValueError` if there is to be more than one at a time."""
         if sequences != 1:
             raise ValueError(f"expected one sequence, found {sequences}")
         self._length = 0
 
     def extend(self, ids: Tensor, rows: int = 1, sequence: int = 0) -> Tensor:
-        """Run the prompt `[tokens]` with the model's own code; returns the logits of the last `rows`, in float32."""
+        """Run the prompt `[tokens]` with the model's own code; returns the logits of the last `rows`, in float32.
+
+        Raises:
+            ValueError: the prompt is not the beginning of the only sequence.
+        """
         if self._length or sequence:
             raise ValueError("expected the beginning of one sequence, found more")
         cache = generation.empty_cache(self._model)

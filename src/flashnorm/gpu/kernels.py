@@ -432,7 +432,7 @@ def attend(
     best = tl.full((GROUP,), float("-inf"), tl.float32)
     weight = tl.zeros((GROUP,), tl.float32)
     sums = tl.zeros((GROUP, DIMS), tl.float32)
-    if (start <= at) & (at < start + each):  # the new token is this program's
+    if (start <= at) & (at < start + each):  # this program has the new token's key and value
         one = tl.arange(0, 1)
         k = _heads(
             projected + (HEADS + head + one)[:, None] * HEAD_DIM,

@@ -129,10 +129,11 @@ def _images(config: PretrainedConfig) -> list[Layout]:
     layouts.append(
         Layout({"pixel_values": _meta(_BATCH, 1, tiles, channels, height, width), **ratios}, marks=tuple(ratios))
     )
-    # Images, and which tokens attend to which; an image in the place of some tokens; regions of an image.
+    # Several images, with a mask of which tokens attend to which image.
     several = _meta(_BATCH, _FRAMES, channels, height, width)
     attended = {"image_attention_mask": _ones(_BATCH, _TOKENS, _FRAMES)}
     layouts.append(Layout({"pixel_values": several, **attended}, marks=tuple(attended)))
+    # One image, whose embeddings take the place of some tokens.
     one = _meta(_BATCH, channels, height, width)
     inserted = sizes.number("latent_query_num", 4)
     places = {"image_embeds_position_mask": _each(0, *[1] * inserted, 0)}
@@ -209,12 +210,14 @@ def _audios(config: PretrainedConfig) -> list[Layout]:
     layouts.append(Layout({"input_values": _meta(_BATCH, 1, _SAMPLES)}, samples))
     layouts.append(Layout({"input_values": _meta(_BATCH, sizes.number("max_length", frames), mels)}))
     layouts.append(Layout({"input_features": _meta(_BATCH, 1, frames, mels)}))
-    # Both, a frame for each code; a recording for each token; what streams through convolutions.
+    # Both the recording and its features; a codec has one frame of features for each code.
     coded = _meta(_BATCH, _SAMPLES // sizes.number("encoder_hop_length hop_length", 320), mels)
     for features in (by_frame, coded):
         layouts.append(Layout({"input_values": _meta(_BATCH, 1, _SAMPLES), "input_features": features}))
+    # Features that are added to the embeddings of tokens.
     added = _meta(_BATCH, mels, 2 * sizes.number("downsample_factor", 4) * _TOKENS)
     layouts.append(Layout({"input_features": added}, marks=("encoder_inputs_embeds",)))
+    # A piece of a stream: the convolutions keep their padding in a cache.
     for streamed in (_meta(_BATCH, 1, _SAMPLES), _meta(_BATCH, sizes.number("hidden_size", 64), _TOKENS)):
         layouts.append(Layout({"hidden_states": streamed}, marks=("padding_cache",)))
     hidden = sizes.number("hidden_size", 64)
