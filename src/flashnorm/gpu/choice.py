@@ -69,7 +69,7 @@ def fastest(
 
 
 def _microseconds(run: Callable[[Tiling | None], object], way: Tiling | None) -> float:
-    """The time of a call: the median of several replays of a CUDA graph, in which the time of a launch does not count."""
+    """The time of a call: the median of several replays of a CUDA graph, in which no time of a launch counts."""
     run(way)  # compiles
     torch.cuda.synchronize()
     graph, times = torch.cuda.CUDAGraph(), []
