@@ -52,6 +52,8 @@ class ConvertResult:
         target: the folder that was written.
         norms: how many norm weights were folded.
         linears: how many stored weight tensors they were folded into.
+        centred: how many LayerNorms become RMSNorms.
+        writers: how many stored tensors were centred for that.
         spelled_out: how many norm tensors stay, at their identity value, since Transformers would initialise them to
             another one.
         tensors: how many tensors the output holds.
@@ -68,6 +70,8 @@ class ConvertResult:
     target: Path
     norms: int
     linears: int
+    centred: int
+    writers: int
     spelled_out: int
     tensors: int
     shards: int
@@ -91,6 +95,7 @@ def convert(
     keep_norms: bool = False,
     untie: bool = False,
     keep: Sequence[str] = (),
+    center: bool = False,
     force: bool = False,
     verify: bool = False,
     push_to_hub: str | None = None,
@@ -111,6 +116,8 @@ def convert(
         keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
         untie: give a tied model a head of its own, so that its final norm folds as well.
         keep: shell patterns for norms that are not to be folded, or "final"; see `flashnorm.planning.keep`.
+        center: subtract the mean of everything that writes into the inputs of LayerNorms, so that these are RMSNorms,
+            where that is possible; see `flashnorm.removable`.
         force: replace a target that exists, if everything in it is what `convert` wrote, unchanged.
         verify: compare the result with the source before it appears at the target, as `flashnorm.verify` does, and put
             a summary into its model card.
@@ -154,7 +161,9 @@ def convert(
         return card_summary(report)
 
     with _workers(checkpoint, executor, workers) as executor:
-        planned = plan_checkpoint(checkpoint, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
+        planned = plan_checkpoint(
+            checkpoint, untie=untie, keep=keep, center=center, trust_remote_code=trust_remote_code
+        )
         result = convert_checkpoint(
             planned,
             target,
@@ -251,6 +260,8 @@ def convert_checkpoint(
         target=target,
         norms=len(job.plan.folds),
         linears=len(job.names.folds),
+        centred=len(job.plan.centred.norms),
+        writers=len(job.names.centred),
         spelled_out=len(job.names.spelled_out),
         tensors=sum(len(tensors) for tensors in job.tensors.values()),
         shards=len(job.sizes),

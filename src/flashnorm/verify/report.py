@@ -114,6 +114,7 @@ def _weights(report: WeightsReport) -> RenderableType:
     text = (
         f"weights: {report.folded} tensors are the correctly rounded product, "
         + (f"{report.biases} biases the rounded sum or quotient, " if report.biases else "")
+        + (f"{report.centred} the source's minus their mean, " if report.centred else "")
         + f"{report.unchanged} are unchanged, {report.norms} norm tensors left, {report.files} files have their hash "
         f"({report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s, {rate:.2f} GB/s)"
     )
