@@ -171,6 +171,14 @@ def convert(
         bool,
         typer.Option("--center", help="Centre what LayerNorms read, where that is possible: they are RMSNorms then."),
     ] = False,
+    cancel: Annotated[
+        str | None,
+        typer.Option(
+            "--cancel",
+            metavar="exact|drop",
+            help="Do not compute norms whose divisions cancel; eps of the norms behind becomes exact, or is ignored.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUT if it exists and convert wrote all of it.")
     ] = False,
@@ -214,6 +222,7 @@ def convert(
             untie=untie,
             keep=keep or (),
             center=center,
+            cancel=cancel,
             force=force,
             trust_remote_code=trust_remote_code,
         )
@@ -229,6 +238,7 @@ def convert(
             untie=untie,
             keep=keep or (),
             center=center,
+            cancel=cancel,
             force=force,
             verify=verify,
             push_to_hub=push_to_hub,
@@ -246,8 +256,11 @@ def convert(
     files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
     resumed = f" ({result.resumed_shards} from an earlier run)" if result.resumed_shards else ""
     centred = f"; {result.centred} LayerNorms are RMSNorms, {result.writers} tensors are centred"
+    centred = (centred if result.centred else "") + (
+        f"; {result.cancelled} norms are not computed" if result.cancelled else ""
+    )
     print(
-        f"{out}: {result.norms} norms folded into {result.linears} tensors{centred if result.centred else ''}; "
+        f"{out}: {result.norms} norms folded into {result.linears} tensors{centred}; "
         f"{result.tensors} tensors in {files}{resumed}; {decimal(result.bytes_written)} written in "
         f"{result.seconds:.1f} s"
     )

@@ -36,10 +36,13 @@ class Ending:
     Attributes:
         norm: the module of that norm.
         power: its `eps` becomes `eps * r(x)^power`, for all readers of the division together; None if it has none.
+        dims: the dimensions of what that norm normalises that the tokens of `x` run along, one for each dimension of
+            `x` but the last; None if they are in another order there.
     """
 
     norm: str
     power: float | None
+    dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,14 @@ class Division:
         norm: the module in which it is.
         where: the module, and the line of its code.
         readers: what becomes of it, by what reads the norm.
+        shared: one of the modules, of it and of those in which it cancels, that runs more than once in a forward; None
+            if each runs once.
     """
 
     norm: str
     where: str | None
     readers: tuple[Reader, ...]
+    shared: str | None = None
 
     @property
     def verdict(self) -> Verdict:

@@ -7,7 +7,7 @@ from flashnorm.errors import InputError
 from flashnorm.files.header import TORCH_DTYPES
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint
 from flashnorm.format import is_marked
-from flashnorm.plan import Kind
+from flashnorm.plan import Form, Kind
 from flashnorm.planning.checks import check_dtypes, check_shapes, is_plain, quantizations, refuse_quantised
 from flashnorm.planning.folded import trained_norms
 from flashnorm.planning.planned import PlannedCheckpoint
@@ -25,6 +25,15 @@ def check_config(checkpoint: Checkpoint) -> None:
         )
 
 
+def form_of(cancel: str | None) -> Form | None:
+    """The form of cancellation of this name. Raises `InputError` if there is none."""
+    try:
+        return None if cancel is None else Form(cancel)
+    except ValueError as error:
+        forms = " or ".join(one.value for one in Form)
+        raise InputError(f"expected {forms} for --cancel, found {cancel!r}") from error
+
+
 def check_plan(planned: PlannedCheckpoint) -> None:
     """Refuse a source in which the plan cannot be carried out.
 
@@ -40,7 +49,7 @@ def check_plan(planned: PlannedCheckpoint) -> None:
             f"{checkpoint.folder / CONFIG_FILE}: expected an ordinary checkpoint, found one that is converted already; "
             "use it as it is, or convert the checkpoint that it was made from"
         )
-    if not (plan.folds and tensors.norms) and not tensors.centred:
+    if not (plan.folds and tensors.norms) and not tensors.centred and not plan.cancelled.norms:
         if any(kept.kind is Kind.QUANTISED for kept in plan.kept.values()):
             refuse_quantised(
                 checkpoint,

@@ -39,6 +39,10 @@ _CENTRED = """\
   everything else, with the same outputs; `hidden_states` before a norm lack their mean. Adapters cannot be converted.
 """
 
+_CANCELLED = """\
+- The divisions of {} norms cancel in norms behind them; `flashnorm.load` does not compute them. Everything else may.
+"""
+
 
 def updated_card(
     card: str | None,
@@ -48,6 +52,7 @@ def updated_card(
     norms: int,
     linears: int,
     centred: int = 0,
+    cancelled: int = 0,
     keep_norms: bool = False,
     generates: bool = False,
     summary: str = "",
@@ -60,6 +65,7 @@ def updated_card(
         version: the version of flashnorm.
         norms, linears: how many norm weights were folded into how many weights of linear layers.
         centred: how many LayerNorms became RMSNorms.
+        cancelled: how many norms are not computed, as their divisions cancel.
         keep_norms: whether the folded norms are stored, at their identity value.
         generates: whether this is a causal language model, for which there are more runtimes.
         summary: the summary of a verification, in Markdown.
@@ -73,7 +79,7 @@ def updated_card(
         if base_model:
             front = _with_key(front, "base_model", [base_model])
     text = without_section(text).rstrip("\r\n") + "\n\n" if text.strip() else ""
-    section = _section(base_model, version, norms, linears, centred, keep_norms, generates)
+    section = _section(base_model, version, norms, linears, centred, cancelled, keep_norms, generates)
     summary = f"\n{summary}" if summary else ""
     return f"---\n{front}---\n{text}{section}{summary}"
 
@@ -90,6 +96,7 @@ def _section(
     norms: int,
     linears: int,
     centred: int,
+    cancelled: int,
     keep_norms: bool,
     generates: bool,
 ) -> str:
@@ -113,9 +120,15 @@ What is different:
 - By itself, the fold makes few runtimes faster.
 - Adapters that were trained on the source do not fit; `flashnorm adapter` converts them. Neither does a draft head that
   reads the output of a folded norm.
-{_CENTRED.format(centred) if centred else ""}{"" if keep_norms else _ABSENT}
+{_left_out(centred, cancelled)}{"" if keep_norms else _ABSENT}
 Written by flashnorm {version}.
 """
+
+
+def _left_out(centred: int, cancelled: int) -> str:
+    """What is left out of norms, as lines of a list."""
+    parts = ((_CENTRED, centred), (_CANCELLED, cancelled))
+    return "".join(words.format(count) for words, count in parts if count)
 
 
 def _runs(keep_norms: bool) -> str:

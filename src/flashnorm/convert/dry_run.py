@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashnorm.convert.acceptance import check_config, check_places, check_plan
+from flashnorm.convert.acceptance import check_config, check_places, check_plan, form_of
 from flashnorm.convert.job import Job
 from flashnorm.convert.on_hub import opened
 from flashnorm.files.staging import check_target
@@ -90,6 +90,7 @@ def dry_run(
     untie: bool = False,
     keep: Sequence[str] = (),
     center: bool = False,
+    cancel: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> DryRun:
@@ -106,20 +107,21 @@ def dry_run(
         untie: a tied output head gets a weight of its own.
         keep: norms that are to keep their weight, as shell patterns over their names.
         center: LayerNorms become RMSNorms where that is possible.
+        cancel: "exact" or "drop", as for `convert`.
         force: `convert` might replace a target that exists.
         trust_remote_code: run code that the checkpoint carries.
 
     Raises:
         InputError: `convert` would refuse the source or the target; but a disk that is too small is no error here.
     """
-    target = Path(target)
+    target, form = Path(target), form_of(cancel)
     with opened(source, revision, subfolder) as checkpoint:
         if not on_hub(source):
             check_places(checkpoint.folder, target)
         check_config(checkpoint)
         check_target(target, force=force)
         planned = plan_checkpoint(
-            checkpoint, untie=untie, keep=keep, center=center, trust_remote_code=trust_remote_code
+            checkpoint, untie=untie, keep=keep, center=center, cancel=form, trust_remote_code=trust_remote_code
         )
         check_plan(planned)
         job = Job(planned, keep_norms, None, None)

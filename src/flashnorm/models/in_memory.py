@@ -13,7 +13,6 @@ from flashnorm.format import config_keys, folded_base
 from flashnorm.models.adapted import Adapted
 from flashnorm.models.adapters import guard_adapters
 from flashnorm.models.weightless import make_weightless, under_all_names
-from flashnorm.plan import Centred
 from flashnorm.planning.keep import keep_asked
 from flashnorm.planning.names import StoredNames, tensor_plan
 from flashnorm.planning.tensors import TensorPlan, by_parameter
@@ -74,9 +73,9 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, ke
     return model
 
 
-def mark_config(config: PretrainedConfig, norms: Iterable[str], centred: Centred = Centred()) -> None:  # noqa: B008
-    """Write into a model's config which norm tensors its checkpoint lacks, and what is centred."""
-    for key, value in config_keys(norms, centred).items():
+def mark_config(config: PretrainedConfig, norms: Iterable[str], *others: Any) -> None:
+    """Write into a model's config which norm tensors its checkpoint lacks; `others`: see `config_keys`."""
+    for key, value in config_keys(norms, *others).items():
         setattr(config, key, value)
 
 

@@ -124,7 +124,7 @@ def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Modu
             found = _outputs(candidate, channels)
         except Exception:  # its code needs a weight
             continue
-        if all(_same(a, b) for a, b in zip(found, expected, strict=True)):
+        if all(same_outputs(a, b) for a, b in zip(found, expected, strict=True)):
             norm = candidate(torch.float32)
             return norm if isinstance(norm, WeightlessNorm) else module
     return None
@@ -177,7 +177,7 @@ def _outputs(module_in: Callable[[torch.dtype], nn.Module], channels: int) -> li
         ]
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def same_outputs(found: Tensor, expected: Tensor) -> bool:
     """Equal up to the order of a float32 sum (plain RMSNorm modules are equal bit for bit on the CPU)."""
     tolerance = 4 * torch.finfo(expected.dtype).eps
     return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=tolerance, atol=0.0)

@@ -15,7 +15,8 @@ from flashnorm.errors import InputError
 from flashnorm.files.header import TORCH_DTYPES
 from flashnorm.files.reader import INDEX_FILE, Checkpoint
 from flashnorm.hub import local_folder
-from flashnorm.plan import FoldPlan, Kept
+from flashnorm.plan import FoldPlan, Form, Kept
+from flashnorm.planning.cancelled import plan_cancelled
 from flashnorm.planning.centred import centred_tensors, plan_centred
 from flashnorm.planning.checks import quantizations
 from flashnorm.planning.config import load_config
@@ -126,6 +127,7 @@ def plan_checkpoint(
     untie: bool = False,
     keep: Sequence[str] = (),
     center: bool = False,
+    cancel: Form | None = None,
     trust_remote_code: bool = False,
 ) -> PlannedCheckpoint:
     """Plan a checkpoint by the model that its config names.
@@ -136,10 +138,12 @@ def plan_checkpoint(
     `keep_asked`), or if a linear layer that reads it is stored quantised (see `keep_quantised`). If the checkpoint
     lacks the output head, as embedding models do, the model without it is planned.
 
-    With `center`, LayerNorms become RMSNorms where that is possible (see `plan_centred`).
+    With `center`, LayerNorms become RMSNorms where that is possible (see `plan_centred`). With `cancel`, norms whose
+    divisions cancel are not computed (see `plan_cancelled`).
 
     Raises:
-        InputError: as for `plan` and `plan_centred`, or it cannot be seen how the checkpoint stores the parameters.
+        InputError: as for `plan`, `plan_centred` and `plan_cancelled`, or it cannot be seen how the checkpoint stores
+            the parameters.
     """
     config = load_config(checkpoint.folder, trust_remote_code)
     model = meta_model(config, untie, trust_remote_code)
@@ -169,6 +173,8 @@ def plan_checkpoint(
         return next((checkpoint.read_tensor(name) for name in names.views(parameter) if names.has(name)), None)
 
     plan = keep_indivisible(plan, stored)
+    if cancel is not None:
+        plan = plan_cancelled(plan, names, checkpoint.folder, cancel)
     read_outside = frozenset(tracer.records.read_outside)
     tensors = tensor_plan(plan, names, tied)
     shapes = {name: shape for name, shape in tensors.shapes.items() if name not in quantised}

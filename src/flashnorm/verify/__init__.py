@@ -14,7 +14,7 @@ from flashnorm.planning.checks import check_dtypes, check_shapes
 from flashnorm.planning.planned import plan_checkpoint
 from flashnorm.verify.conversion import Conversion
 from flashnorm.verify.integrity import IntegrityReport, verify_integrity
-from flashnorm.verify.manifest import patterns_to_keep, was_centred
+from flashnorm.verify.manifest import patterns_to_keep, was_cancelled, was_centred
 from flashnorm.verify.outputs import compare_outputs, verify_outputs
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.range import without_too_large
@@ -113,7 +113,12 @@ def verify(
     untie = _untied(result) and not _untied(original)
     keep = patterns_to_keep(result.folder)
     planned = plan_checkpoint(
-        original, untie=untie, keep=keep, center=was_centred(result), trust_remote_code=trust_remote_code
+        original,
+        untie=untie,
+        keep=keep,
+        center=was_centred(result),
+        cancel=was_cancelled(result),
+        trust_remote_code=trust_remote_code,
     )
     planned = without_too_large(planned, result)
     check_shapes(original, planned.tensors)

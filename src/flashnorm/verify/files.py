@@ -64,7 +64,7 @@ def _check_config(planned: PlannedCheckpoint, result: Checkpoint, findings: Find
         part = expected.get("text_config")
         if isinstance(part, dict) and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
-    expected |= config_keys(tensors.norms, planned.plan.centred)
+    expected |= config_keys(tensors.norms, planned.plan.centred, planned.plan.cancelled)
     found = copy.deepcopy(result.config)
     section = found.get(CONFIG_KEY)
     if isinstance(section, dict) and isinstance(section.get("weightless"), list):

@@ -25,7 +25,16 @@ from rich.text import Text
 from flashnorm.errors import InputError
 from flashnorm.files.direct_io import sha256_of
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint
-from flashnorm.format import CONFIG_FLAGS, CONFIG_KEY, MANIFEST_FILE, Manifest, kept_by, listed_centred, listed_norms
+from flashnorm.format import (
+    CONFIG_FLAGS,
+    CONFIG_KEY,
+    MANIFEST_FILE,
+    Manifest,
+    kept_by,
+    listed_cancelled,
+    listed_centred,
+    listed_norms,
+)
 from flashnorm.hub import local_folder
 from flashnorm.means import is_centred
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
@@ -40,6 +49,7 @@ from flashnorm.verify.manifest import (
     folder_records,
     names_in,
     read_manifest,
+    was_cancelled,
     was_centred,
 )
 from flashnorm.verify.range import infinities, without_too_large
@@ -228,6 +238,7 @@ def _check_model(
         checkpoint,
         keep=kept_by(manifest.options),
         center=was_centred(checkpoint),
+        cancel=was_cancelled(checkpoint),
         trust_remote_code=trust_remote_code,
     )
     planned = without_too_large(planned, checkpoint)
@@ -287,6 +298,8 @@ def _check_centred(checkpoint: Checkpoint, planned: PlannedCheckpoint, findings:
     listed, fresh = listed_centred(checkpoint.config, checkpoint.folder / CONFIG_FILE), planned.plan.centred
     if ({*listed.norms}, {*listed.writers}) != ({*fresh.norms}, {*fresh.writers}):
         findings.add(Finding("config", CONFIG_FILE, f"key '{CONFIG_KEY}.centred' is not what it must be"))
+    if listed_cancelled(checkpoint.config, checkpoint.folder / CONFIG_FILE).listed() != planned.plan.cancelled.listed():
+        findings.add(Finding("config", CONFIG_FILE, f"key '{CONFIG_KEY}.cancelled' is not what it must be"))
     for name, axis in planned.tensors.centred.items():
         if name in checkpoint.tensors and checkpoint.tensors[name].dtype in FORMATS:
             blocks = checkpoint.read_outputs(name, axis, _BLOCK)

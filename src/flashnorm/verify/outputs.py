@@ -29,6 +29,7 @@ from flashnorm.planning.keep import head_weight
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
 from flashnorm.verify.as_loaded import AsLoaded, fits, loaded_continuation, loaded_outputs
 from flashnorm.verify.divergence import farthest, perplexity, sensitivity
+from flashnorm.verify.dropped import dropped_eps
 from flashnorm.verify.inputs import FEWEST_IDS, NoInputsError, calls_with_numbers
 from flashnorm.verify.measures import (
     MAX_RATIO,
@@ -208,6 +209,7 @@ def compare_outputs(
         as_loaded = AsLoaded(path, Run.of(oracle, comparable(loaded), tokens))
         del loaded
     del source_outputs, converted_outputs
+    dropped = dropped_eps(run, loading, tokens)
     stage("the converted model in float64")
     rounding = Run.of(oracle, outputs(load_converted, torch.float64, exact=True), tokens)
     oracle_perplexity = perplexity(oracle.logits, tokens)
@@ -235,6 +237,7 @@ def compare_outputs(
         logits=logits,
         greedy=greedy,
         as_loaded=as_loaded,
+        dropped=dropped,
         criteria=(
             within(
                 f"in float64, the converted one is no farther from the reference than {_short(dtype)} takes the source",

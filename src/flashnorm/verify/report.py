@@ -166,6 +166,8 @@ def _outputs(report: OutputsReport | ReturnedReport) -> RenderableType:
     parts: list[RenderableType] = [_line(report.ok, head), table, Text(f"  {ratio}")]
     for criterion in report.criteria:
         parts.append(_line(criterion.ok, f"{escape(criterion.asked)}: {escape(criterion.found)}", indent="  "))
+    if report.dropped is not None:
+        parts.append(Text(f"  eps was dropped: what a norm gives changes by at most {report.dropped:.2g} of itself"))
     greedy = report.greedy
     if greedy.source_text is not None and greedy.converted_text is not None:
         parts.append(Text(f"  greedy, source:    {greedy.source_text!r}"))
