@@ -11,7 +11,7 @@ ROOT = Path(flashnorm.__file__).parent
 # Each room knows the rooms above it and itself, and no other.
 ROOMS = [
     {"version", "errors", "progress", "arithmetic"},
-    {"compat", "plan", "workers"},
+    {"compat", "means", "plan", "workers"},
     {"removable"},
     {"format"},
     {"files", "hub"},
@@ -34,7 +34,7 @@ STRANGERS = {
     "decoding": _OF_CHECKPOINTS,
     "cpu": _OF_CHECKPOINTS,
     "gpu": _OF_CHECKPOINTS,
-    "files": {"plan", "removable", "arithmetic"},
+    "files": {"plan", "removable", "arithmetic", "means"},
 }
 
 

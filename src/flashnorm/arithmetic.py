@@ -53,7 +53,7 @@ def gain_of(weight: Tensor, offset: float = 0.0) -> Gain:
     _check_dtype(weight)
     if not offset:  # adding 0 would change the sign of -0
         return Gain(weight.double(), torch.zeros_like(weight, dtype=torch.float64))
-    high, low = _two_sum(weight.double(), torch.tensor(offset, dtype=torch.float64, device=weight.device))
+    high, low = two_sum(weight.double(), torch.tensor(offset, dtype=torch.float64, device=weight.device))
     return Gain(high, torch.where(high.isfinite(), low, 0.0))
 
 
@@ -65,7 +65,7 @@ def product_of(first: Gain, second: Gain) -> Gain:
     """
     if first.low.any() or second.low.any():
         raise ValueError("the product of these gains needs more than 106 bits and cannot be folded exactly")
-    high, low = _two_product(first.high, second.high)
+    high, low = two_product(first.high, second.high)
     if (high.isinf() & first.high.isfinite() & second.high.isfinite()).any():
         raise ValueError("the product of these gains is too large for float64 and cannot be folded exactly")
     return Gain(high, low)
@@ -167,12 +167,12 @@ def fold_bias(bias: Tensor, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor
     # The error of a float64 sum is at most about `terms` half units in the last place of the sum of magnitudes. A
     # product of two float64 numbers adds one half unit, and what is lost below the normal numbers.
     bound = magnitude * (terms * torch.finfo(torch.float64).eps) + terms * torch.finfo(torch.float64).tiny
-    low, high = (_round(total - bound, bias.dtype), _round(total + bound, bias.dtype))
-    rounded = _round(total, bias.dtype) + 0.0  # turns -0 into +0
+    low, high = (rounded_once(total - bound, bias.dtype), rounded_once(total + bound, bias.dtype))
+    rounded = rounded_once(total, bias.dtype) + 0.0  # turns -0 into +0
     always = bias.dtype == torch.float64  # a float64 sum has no more bits than the result
     doubtful = (((low != high) | always) & total.isfinite()).nonzero().flatten()
     if doubtful.numel():
-        parts = [_two_product(weight[doubtful], beta) for weight, beta in wide]
+        parts = [two_product(weight[doubtful], beta) for weight, beta in wide]
         rows = torch.cat([bias[doubtful, None].double(), *itertools.chain(*parts)], dim=1)
         rounded[doubtful] = _round_sums(rows, bias.dtype)
     return rounded
@@ -195,7 +195,7 @@ def divide_bias(bias: Tensor, gain: Gain) -> Tensor:
     _check_dtype(bias)
     wide = bias.double()
     quotient = wide / gain.high
-    product, error = _two_product(quotient, gain.high)
+    product, error = two_product(quotient, gain.high)
     residual = (wide - product) - error
     for i in (gain.low != 0).nonzero().flatten().tolist():  # a gain of more than 53 bits: rare, so in fractions
         exact = Fraction(gain.high[i].item()) + Fraction(gain.low[i].item())
@@ -206,7 +206,7 @@ def divide_bias(bias: Tensor, gain: Gain) -> Tensor:
             residual[i] = float((rest > 0) - (rest < 0)) * math.copysign(1.0, exact)
     # The sign says whether the exact quotient is above or below the rounded one: the residual's sign times the gain's.
     error = torch.where(quotient.isfinite() & (wide != 0), residual * gain.high.sign(), 0.0)
-    divided = _round(quotient if bias.dtype == torch.float64 else _to_odd(quotient, error), bias.dtype)
+    divided = rounded_once(quotient if bias.dtype == torch.float64 else to_odd(quotient, error), bias.dtype)
     return torch.where(bias == 0, bias, divided)
 
 
@@ -272,18 +272,18 @@ def _fold_through_wider(weight: Tensor, high: Tensor, low: Tensor, out: Tensor) 
 
 def _round_sum_of_products(weight: Tensor, high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight * (high + low)`, rounded once: the sum of four float64 terms, where only the last step is not to odd."""
-    main, main_error = _two_product(weight, high)
-    side, side_error = _two_product(weight, low)
-    middle, rest = _two_sum(main_error, side)
-    tail = _add_to_odd(rest, side_error)
-    upper, upper_error = _two_sum(middle, tail)
-    total, total_error = _two_sum(main, upper)
-    correction = _add_to_odd(total_error, upper_error)
-    rounded = total + correction if dtype == torch.float64 else _add_to_odd(total, correction)
+    main, main_error = two_product(weight, high)
+    side, side_error = two_product(weight, low)
+    middle, rest = two_sum(main_error, side)
+    tail = add_to_odd(rest, side_error)
+    upper, upper_error = two_sum(middle, tail)
+    total, total_error = two_sum(main, upper)
+    correction = add_to_odd(total_error, upper_error)
+    rounded = total + correction if dtype == torch.float64 else add_to_odd(total, correction)
     # If the sum is infinite, its error is meaningless and is not added. If the product is zero, infinite or NaN, there
     # is nothing to round, and the product itself has the right sign.
     rounded = torch.where(total.isinf(), total, rounded)
-    return _round(torch.where(main.isfinite() & (weight != 0) & (high != 0), rounded, main), dtype)
+    return rounded_once(torch.where(main.isfinite() & (weight != 0) & (high != 0), rounded, main), dtype)
 
 
 def _round_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -293,19 +293,19 @@ def _round_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
         sums.append(math.fsum(terms))  # the exact sum, rounded
         errors.append(math.fsum([*terms, -sums[-1]]))
     total, error = torch.tensor(sums, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
-    return (total if dtype == torch.float64 else _round(_to_odd(total, error), dtype)) + 0.0
+    return (total if dtype == torch.float64 else rounded_once(to_odd(total, error), dtype)) + 0.0
 
 
-def _round(value: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Float64 numbers in `dtype`, rounded once to nearest, ties to even."""
     if dtype in (torch.float64, torch.float32):
         return value.to(dtype)
     single = value.float()
     error = torch.where(value == single, 0.0, value - single)
-    return _to_odd(single, error).to(dtype)
+    return to_odd(single, error).to(dtype)
 
 
-def _to_odd(rounded: Tensor, error: Tensor) -> Tensor:
+def to_odd(rounded: Tensor, error: Tensor) -> Tensor:
     """Turn round-to-nearest into round-to-odd. `error` is the exact value minus `rounded`; only its sign matters.
 
     An inexact result is truncated towards zero, and its last bit is set. A later rounding to a precision of at least
@@ -317,18 +317,18 @@ def _to_odd(rounded: Tensor, error: Tensor) -> Tensor:
     return torch.where(error == 0, bits, (bits - away_from_zero) | 1).view(rounded.dtype)
 
 
-def _add_to_odd(a: Tensor, b: Tensor) -> Tensor:
-    return _to_odd(*_two_sum(a, b))
+def add_to_odd(a: Tensor, b: Tensor) -> Tensor:
+    return to_odd(*two_sum(a, b))
 
 
-def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """`a + b` rounded, and the error; their sum is exactly `a + b` (Knuth)."""
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)
 
 
-def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """`a * b` rounded, and the error; their sum is exactly `a * b` (Dekker; exact above 2^-960)."""
     product = a * b
     a_high, a_low = _split(a)

@@ -167,6 +167,18 @@ def convert(
     ] = False,
     untie: Untie = False,
     keep: Keep = None,
+    center: Annotated[
+        bool,
+        typer.Option("--center", help="Centre what LayerNorms read, where that is possible: they are RMSNorms then."),
+    ] = False,
+    cancel: Annotated[
+        str | None,
+        typer.Option(
+            "--cancel",
+            metavar="exact|drop",
+            help="Do not compute norms whose divisions cancel; eps of the norms behind becomes exact, or is ignored.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUT if it exists and convert wrote all of it.")
     ] = False,
@@ -209,6 +221,8 @@ def convert(
             keep_norms=keep_norms,
             untie=untie,
             keep=keep or (),
+            center=center,
+            cancel=cancel,
             force=force,
             trust_remote_code=trust_remote_code,
         )
@@ -223,6 +237,8 @@ def convert(
             keep_norms=keep_norms,
             untie=untie,
             keep=keep or (),
+            center=center,
+            cancel=cancel,
             force=force,
             verify=verify,
             push_to_hub=push_to_hub,
@@ -239,9 +255,14 @@ def convert(
         return
     files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
     resumed = f" ({result.resumed_shards} from an earlier run)" if result.resumed_shards else ""
+    centred = f"; {result.centred} LayerNorms are RMSNorms, {result.writers} tensors are centred"
+    centred = (centred if result.centred else "") + (
+        f"; {result.cancelled} norms are not computed" if result.cancelled else ""
+    )
     print(
-        f"{out}: {result.norms} norms folded into {result.linears} tensors; {result.tensors} tensors in "
-        f"{files}{resumed}; {decimal(result.bytes_written)} written in {result.seconds:.1f} s"
+        f"{out}: {result.norms} norms folded into {result.linears} tensors{centred}; "
+        f"{result.tensors} tensors in {files}{resumed}; {decimal(result.bytes_written)} written in "
+        f"{result.seconds:.1f} s"
     )
     if result.spelled_out:
         print(
@@ -624,10 +645,11 @@ def _print_dry_run(found: "DryRun") -> None:
     for norm, why in found.undecided.items():
         print(f"{norm} may be kept: {why}; only the conversion tells")
     files = f"{len(found.written)} file{'s' if len(found.written) > 1 else ''}"
+    centred = f", centre {found.writers} tensors" if found.writers else ""
     print(
-        f"would fold {len(found.plan.folds)} norms into {found.linears} tensors, read {decimal(found.bytes_read)}, and "
-        f"write {files} of weights and {len(found.copied)} copied files to {found.target}: {decimal(found.needed)}, of "
-        f"{decimal(found.free)} that are free"
+        f"would fold {len(found.plan.folds)} norms into {found.linears} tensors{centred}, read "
+        f"{decimal(found.bytes_read)}, and write {files} of weights and {len(found.copied)} copied files to "
+        f"{found.target}: {decimal(found.needed)}, of {decimal(found.free)} that are free"
     )
     if found.copied:
         print(f"copied: {_listed(found.copied)}")

@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm.errors import InputError
-from flashnorm.plan import FoldPlan
+from flashnorm.plan import Cancelled, Centred, FoldPlan, Form, Writer
 
 CARD_FILE = "README.md"
 MANIFEST_FILE = "flashnorm.json"
 MANIFEST_VERSION = 1
 
 # Flags that engines know (nano-vllm the first; open changes of vLLM and Transformers the second), and FlashNorm's own
-# key, which lists the weightless norms.
+# key, which lists the weightless norms. Its version is 2 if it says as well which LayerNorms become RMSNorms, and 3 if
+# it says which norms are not computed.
 CONFIG_FLAGS = ("flash_norm", "flashnorm_folded")
 CONFIG_KEY = "flashnorm"
-CONFIG_VERSION = 1
+CONFIG_VERSIONS = (1, 2, 3)
+
+_NONE, _NONE_CANCELLED = Centred(), Cancelled()
 
 # Keys of an adapter's adapter_config.json: whether it belongs to a folded model, and the hash of that model's folds.
 ADAPTER_MARK = "flashnorm"
@@ -72,9 +75,26 @@ def other_folds(adapter: Mapping[str, Any], folds_hash: str) -> bool:
     return any(found is not None and not folds_hash.startswith(str(found)) for found in hashes)
 
 
-def config_keys(norms: Iterable[str]) -> dict[str, Any]:
-    """The keys to add to config.json. `norms` are the tensors that are absent, or stored at their identity value."""
-    return dict.fromkeys(CONFIG_FLAGS, True) | {CONFIG_KEY: {"version": CONFIG_VERSION, "weightless": sorted(norms)}}
+def config_keys(
+    norms: Iterable[str], centred: Centred = _NONE, cancelled: Cancelled = _NONE_CANCELLED
+) -> dict[str, Any]:
+    """The keys to add to config.json.
+
+    Args:
+        norms: the tensors that are absent, or stored at their identity value.
+        centred: the LayerNorms that become RMSNorms, and the parameters that are centred for that.
+        cancelled: the norms that are not computed.
+    """
+    version = 3 if cancelled.norms else 2 if centred.norms else 1
+    entry: dict[str, Any] = {"version": version, "weightless": sorted(norms)}
+    if centred.norms:
+        entry["centred"] = {
+            "norms": sorted(centred.norms),
+            "writers": {writer.name: writer.axis for writer in sorted(centred.writers, key=lambda one: one.name)},
+        }
+    if cancelled.norms:
+        entry["cancelled"] = cancelled.listed()
+    return dict.fromkeys(CONFIG_FLAGS, True) | {CONFIG_KEY: entry}
 
 
 def is_marked(config: Mapping[str, Any]) -> bool:
@@ -219,9 +239,13 @@ class Earlier:
         return None
 
 
-def options(keep_norms: bool, untie: bool, keep: Sequence[str]) -> dict[str, Any]:
-    """A manifest's options; `keep` is among them where it was used."""
-    return {"keep_norms": keep_norms, "untie": untie} | ({"keep": list(keep)} if keep else {})
+def options(
+    keep_norms: bool, untie: bool, keep: Sequence[str], center: bool = False, cancel: Form | None = None
+) -> dict[str, Any]:
+    """A manifest's options; `keep`, `center` and `cancel` are among them where they were used."""
+    used = ({"keep": list(keep)} if keep else {}) | ({"center": True} if center else {})
+    used |= {"cancel": cancel.value} if cancel else {}
+    return {"keep_norms": keep_norms, "untie": untie} | used
 
 
 def kept_by(manifest_options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -261,15 +285,63 @@ def listed_norms(config: Mapping[str, Any], where: str | Path) -> list[str] | No
     names = entry.get("weightless") if isinstance(entry, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
-            f'{where}: expected "{CONFIG_KEY}": {{"version": {CONFIG_VERSION}, "weightless": [...]}}, found something '
-            "else; convert the source again"
+            f'{where}: expected "{CONFIG_KEY}": {{"version": {CONFIG_VERSIONS[0]}, "weightless": [...]}}, found '
+            "something else; convert the source again"
         )
-    if entry.get("version") != CONFIG_VERSION:
+    if entry.get("version") not in CONFIG_VERSIONS:
         raise InputError(
-            f"{where}: expected version {CONFIG_VERSION} of the {CONFIG_KEY} key, found {entry.get('version')!r}; use "
-            "the flashnorm release that wrote it"
+            f"{where}: expected version {' or '.join(map(str, CONFIG_VERSIONS))} of the {CONFIG_KEY} key, found "
+            f"{entry.get('version')!r}; use the flashnorm release that wrote it"
         )
     return names
+
+
+def listed_centred(config: Mapping[str, Any], where: str | Path) -> Centred:
+    """The LayerNorms that a config lists as RMSNorms, and what is centred for that; none if it lists none.
+
+    Args:
+        config: the parsed config.json.
+        where: its path, for messages.
+
+    Raises:
+        InputError: the key has another content, or another version.
+    """
+    listed_norms(config, where)
+    entry: Any = config.get(CONFIG_KEY)
+    match entry.get("centred") if isinstance(entry, dict) else None:
+        case None:
+            return _NONE
+        case {"norms": [*norms], "writers": dict(writers)}:
+            named = all(isinstance(name, str) for name in (*norms, *writers))
+            if named and all(isinstance(axis, int) for axis in writers.values()):
+                return Centred(tuple(norms), tuple(Writer(name, axis) for name, axis in writers.items()))
+    raise InputError(
+        f"{where}: expected {CONFIG_KEY}.centred to list norms, and axes of writers, found something else; convert the "
+        "source again"
+    )
+
+
+def listed_cancelled(config: Mapping[str, Any], where: str | Path) -> Cancelled:
+    """The norms that a config lists as not computed; none if it lists none.
+
+    Args:
+        config: the parsed config.json.
+        where: its path, for messages.
+
+    Raises:
+        InputError: the key has another content, or another version.
+    """
+    listed_norms(config, where)
+    entry: Any = config.get(CONFIG_KEY)
+    if not isinstance(entry, dict) or entry.get("cancelled") is None:
+        return _NONE_CANCELLED
+    try:
+        return Cancelled.from_dict(entry["cancelled"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: expected {CONFIG_KEY}.cancelled to list norms and in which norms they cancel, found something "
+            "else; convert the source again"
+        ) from error
 
 
 _CARD_SECTION = re.compile(

@@ -119,6 +119,131 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Writer:
+    """A parameter that writes into the input of LayerNorms.
+
+    Attributes:
+        name: the parameter.
+        axis: its axis that runs over the channels of what is normalised; to centre the parameter is to subtract its
+            mean over this axis.
+    """
+
+    name: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Centred:
+    """LayerNorms that become RMSNorms, as everything that writes into their inputs is centred.
+
+    Attributes:
+        norms: the modules of these LayerNorms.
+        writers: the parameters that are centred.
+        kept: the module of another LayerNorm -> why the mean of its input stays.
+    """
+
+    norms: tuple[str, ...] = ()
+    writers: tuple[Writer, ...] = ()
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "norms": list(self.norms),
+            "writers": {writer.name: writer.axis for writer in self.writers},
+            "kept": {name: kept.to_dict() for name, kept in self.kept.items()},
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Centred":
+        """Read back what `to_dict` gives."""
+        writers = tuple(Writer(str(name), int(axis)) for name, axis in data["writers"].items())
+        kept = {str(name): Kept.from_dict(reason) for name, reason in data["kept"].items()}
+        return Centred(tuple(map(str, data["norms"])), writers, kept)
+
+    def rows(self) -> list["PlanRow"]:
+        """Rows of a table; what is the same in several layers is one row."""
+        whats = dict.fromkeys(self.norms, "becomes an RMSNorm")
+        whats |= {name: f"stays a LayerNorm: {because(kept)}" for name, kept in self.kept.items()}
+        return _rows(whats)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A norm in which a division is cancelled: its `eps` becomes `eps * r(x)^power`.
+
+    Attributes:
+        norm: its module.
+        power: the power of `r(x)`, the root that the cancelled norm would divide its input `x` by.
+        dims: the dimensions of this norm's input that the tokens of `x` run along, one for each of `x` but the last.
+    """
+
+    norm: str
+    power: float
+    dims: tuple[int, ...]
+
+
+class Form(str, Enum):
+    """What becomes of `eps` where divisions are cancelled."""
+
+    EXACT = "exact"  # it becomes `eps * r(x)^power`
+    DROP = "drop"  # it stays, which is an approximation
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """Norms that need not be computed, as everything that reads them is normalised again.
+
+    Attributes:
+        form: what becomes of `eps`; None if no norm is cancelled.
+        norms: the module of such a norm -> the norms in which its division cancels.
+        kept: the module of another norm whose division cancels -> why it is computed all the same.
+    """
+
+    form: Form | None = None
+    norms: Mapping[str, tuple[Ending, ...]] = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+
+    def keep(self, reasons: Mapping[str, Kept]) -> "Cancelled":
+        """The same with the named norms computed, if they are among those that are not."""
+        kept = {name: why for name, why in reasons.items() if name in self.norms}
+        norms = {name: ends for name, ends in self.norms.items() if name not in kept}
+        return Cancelled(self.form if norms else None, norms, {**self.kept, **kept}) if kept else self
+
+    def listed(self) -> dict[str, Any]:
+        """The form and the norms as plain JSON values."""
+        norms = {
+            name: [{"norm": one.norm, "power": one.power, "dims": list(one.dims)} for one in ends]
+            for name, ends in sorted(self.norms.items())
+        }
+        return {"form": self.form and self.form.value, "norms": norms}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return self.listed() | {"kept": {name: kept.to_dict() for name, kept in self.kept.items()}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Cancelled":
+        """Read back what `to_dict` or `listed` gives. Raises KeyError, TypeError or ValueError if it is not that."""
+        norms = {
+            str(name): tuple(
+                Ending(str(one["norm"]), float(one["power"]), tuple(map(int, one["dims"]))) for one in ends
+            )
+            for name, ends in dict(data["norms"]).items()
+        }
+        kept = {str(name): Kept.from_dict(reason) for name, reason in data.get("kept", {}).items()}
+        return Cancelled(Form(data["form"]), norms, kept)
+
+    def rows(self) -> list["PlanRow"]:
+        """Rows of a table; what is the same in several layers is one row."""
+        whats = {
+            name: f"is not computed ({self.form and self.form.value}): cancels in {', '.join(one.norm for one in ends)}"
+            for name, ends in self.norms.items()
+        }
+        return _rows(whats | {name: f"is computed: {because(kept)}" for name, kept in self.kept.items()})
+
+
+@dataclass(frozen=True)
 class FoldPlan:
     """Which norm folds into which linear layers, and which norms are kept and why. Immutable.
 
@@ -126,11 +251,15 @@ class FoldPlan:
         model_type: `config.model_type`, or the class name of a plain module.
         folds: the folds, in the order in which the model uses the norms.
         kept: name of a norm's weight -> why it is kept.
+        centred: the LayerNorms that become RMSNorms, if that was asked for.
+        cancelled: the norms that are not computed, if that was asked for.
     """
 
     model_type: str
     folds: tuple[Fold, ...] = ()
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    centred: Centred = Centred()
+    cancelled: Cancelled = field(default_factory=Cancelled)
 
     @property
     def norms(self) -> int:
@@ -138,9 +267,10 @@ class FoldPlan:
         return len(self.folds) + len(self.kept)
 
     def keep(self, reasons: Mapping[str, Kept]) -> "FoldPlan":
-        """The same plan with the named norms kept instead of folded."""
+        """The same plan with the named norms kept instead of folded. A norm that has its gain is computed."""
         folds = tuple(fold for fold in self.folds if fold.norm not in reasons)
-        return dataclasses.replace(self, folds=folds, kept={**self.kept, **reasons})
+        cancelled = self.cancelled.keep({name.rpartition(".")[0]: kept for name, kept in reasons.items()})
+        return dataclasses.replace(self, folds=folds, kept={**self.kept, **reasons}, cancelled=cancelled)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -157,11 +287,15 @@ class FoldPlan:
                 for fold in self.folds
             ],
             "kept": {name: kept.to_dict() for name, kept in self.kept.items()},
+            **({"centred": self.centred.to_dict()} if self.centred.norms else {}),
+            **({"cancelled": self.cancelled.to_dict()} if self.cancelled.norms else {}),
         }
 
     def folds_hash(self) -> str:
         """SHA-256 of the folds, in hexadecimal: what an adapter for the folded model depends on."""
-        return hashlib.sha256(json.dumps(self.to_dict()["folds"], sort_keys=True).encode()).hexdigest()
+        data = self.to_dict()
+        centred = [data["centred"]["writers"]] if self.centred.norms else []
+        return hashlib.sha256(json.dumps([*data["folds"], *centred], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The plan as JSON text; `FoldPlan.from_json` reads it back."""
@@ -190,7 +324,9 @@ class FoldPlan:
                 for fold in data["folds"]
             )
             kept = {str(name): Kept.from_dict(reason) for name, reason in data["kept"].items()}
-            return FoldPlan(model_type=str(data["model_type"]), folds=folds, kept=kept)
+            centred = Centred.from_dict(data["centred"]) if "centred" in data else Centred()
+            cancelled = Cancelled.from_dict(data["cancelled"]) if "cancelled" in data else Cancelled()
+            return FoldPlan(str(data["model_type"]), folds, kept, centred, cancelled)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"expected a fold plan, found something else ({type(error).__name__}: {error})") from error
 
@@ -217,12 +353,14 @@ class FoldPlan:
             beta = ", its bias into theirs" if fold.bias_removed else ", its bias is kept: beta / gain" * fold.bias_kept
             groups.setdefault((pattern(fold.norm), gain, "folds into " + pattern(into) + beta), []).append(fold.norm)
         for name, kept in self.kept.items():
-            at = [part for part in (kept.operator, kept.where and f"at {kept.where}") if part]
-            why = f"kept: {kept.reason}" + (f" [{' '.join(at)}]" if at else "")
-            groups.setdefault((pattern(name), "", pattern(why)), []).append(name)
+            groups.setdefault((pattern(name), "", pattern(f"kept: {because(kept)}")), []).append(name)
         return [
-            PlanRow(norm=names[0] if len(names) == 1 else norm, count=len(names), gain=gain, what=what)
-            for (norm, gain, what), names in groups.items()
+            *(
+                PlanRow(norm=names[0] if len(names) == 1 else norm, count=len(names), gain=gain, what=what)
+                for (norm, gain, what), names in groups.items()
+            ),
+            *self.centred.rows(),
+            *self.cancelled.rows(),
         ]
 
     def summary(self) -> str:
@@ -231,6 +369,8 @@ class FoldPlan:
         return (
             f"{self.model_type}: {self.norms} norms, {len(self.folds)} folded into {len(linears)} linears, "
             f"{len(self.kept)} kept"
+            + (f", {len(self.centred.norms)} LayerNorms become RMSNorms" if self.centred.norms else "")
+            + (f", {len(self.cancelled.norms)} not computed" if self.cancelled.norms else "")
         )
 
 
@@ -245,8 +385,24 @@ class PlanRow:
 
     @property
     def kept(self) -> bool:
-        """Whether the norm is kept; a kept norm's row shows no gain."""
+        """Whether the row is about something else than a fold; then it shows no gain."""
         return not self.gain
+
+
+def _rows(whats: Mapping[str, str]) -> list[PlanRow]:
+    """Modules of norms, and what happens to them, as rows of a table."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, what in whats.items():
+        groups.setdefault((pattern(name), pattern(what)), []).append(name)
+    return [
+        PlanRow(names[0] if len(names) == 1 else norm, len(names), "", what) for (norm, what), names in groups.items()
+    ]
+
+
+def because(kept: Kept) -> str:
+    """A reason with its operator and its place."""
+    at = [part for part in (kept.operator, kept.where and f"at {kept.where}") if part]
+    return kept.reason + (f" [{' '.join(at)}]" if at else "")
 
 
 def _linear_to_dict(linear: Linear) -> dict[str, Any]:

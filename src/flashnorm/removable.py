@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from flashnorm.plan import Kept, pattern
+from flashnorm.plan import Kept, Writer, because, pattern
 
 REMOVABLE_VERSION = 1
 
@@ -36,10 +36,13 @@ class Ending:
     Attributes:
         norm: the module of that norm.
         power: its `eps` becomes `eps * r(x)^power`, for all readers of the division together; None if it has none.
+        dims: the dimensions of what that norm normalises that the tokens of `x` run along, one for each dimension of
+            `x` but the last; None if they are in another order there.
     """
 
     norm: str
     power: float | None
+    dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,14 @@ class Division:
         norm: the module in which it is.
         where: the module, and the line of its code.
         readers: what becomes of it, by what reads the norm.
+        shared: one of the modules, of it and of those in which it cancels, that runs more than once in a forward; None
+            if each runs once.
     """
 
     norm: str
     where: str | None
     readers: tuple[Reader, ...]
+    shared: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -79,20 +85,6 @@ class Division:
         if ends:
             return Verdict.IN_PART if escapes else Verdict.CANCELS
         return Verdict.STAYS if escapes else Verdict.UNREAD
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A parameter that writes into the input of LayerNorms.
-
-    Attributes:
-        name: the parameter.
-        axis: its axis that runs over the channels of what is normalised; to centre the parameter is to subtract its
-            mean over this axis.
-    """
-
-    name: str
-    axis: int
 
 
 @dataclass(frozen=True)
@@ -214,7 +206,7 @@ def _rows(entries: Iterable[tuple[str, str, str]]) -> list[RemovableRow]:
 def _of_division(division: Division) -> str:
     lines: list[str] = []
     for reader in division.readers:
-        found = [_of_ending(ending) for ending in reader.endings] + [_of_escape(why) for why in reader.escapes[:1]]
+        found = [_of_ending(ending) for ending in reader.endings] + [because(why) for why in reader.escapes[:1]]
         lines.append(f"{reader.weight or 'directly'}: {'; '.join(found)}")
     return "\n".join(lines)
 
@@ -223,13 +215,8 @@ def _of_ending(ending: Ending) -> str:
     return f"cancels in {ending.norm}" + ("" if ending.power is None else f" (eps * r^{ending.power:g})")
 
 
-def _of_escape(why: Kept) -> str:
-    at = [part for part in (why.operator, why.where and f"at {why.where}") if part]
-    return why.reason + (f" [{' '.join(at)}]" if at else "")
-
-
 def _of_centring(centring: Centring) -> str:
     if centring.escapes:
-        return _of_escape(centring.escapes[0])
+        return because(centring.escapes[0])
     names = dict.fromkeys(pattern(f"{writer.name} (axis {writer.axis})") for writer in centring.writers)
     return "to centre: " + ", ".join(names)

@@ -142,7 +142,7 @@ def test_folded_norms_are_left_out_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [[], {"version": 2, "weightless": []}, {"version": 1}, {"version": 1, "weightless": [1]}]
+    "entry", [[], {"version": 4, "weightless": []}, {"version": 1}, {"version": 1, "weightless": [1]}]
 )
 def test_unreadable_key(entry: Any) -> None:
     with pytest.raises(flashnorm.InputError, match="flashnorm"):

@@ -67,7 +67,7 @@ def test_a_norm_ahead_of_a_norm() -> None:
     assert one.norm == "first"
     assert one.where is not None
     assert one.where.startswith("first (test_scales.py:")
-    assert one.readers == (Reader("linear.weight", (Ending("second", 2),)),)
+    assert one.readers == (Reader("linear.weight", (Ending("second", 2, (0, 1)),)),)
     assert one.verdict is Verdict.CANCELS
     assert two.verdict is Verdict.STAYS
     assert two.readers[0].escapes[0].operator == "aten.tanh"
@@ -121,7 +121,7 @@ def test_what_commutes_with_a_scale(forward: Callable[[Pair, Tensor], Tensor], p
 
 @pytest.mark.parametrize("second", [lambda size: nn.RMSNorm(size, eps=1e-6), nn.LayerNorm])
 def test_norms_of_pytorch(second: Callable[[int], nn.Module]) -> None:
-    assert first(Pair(second)).readers == (Reader("linear.weight", (Ending("second", 2),)),)
+    assert first(Pair(second)).readers == (Reader("linear.weight", (Ending("second", 2, (0, 1)),)),)
 
 
 def test_a_bias_before_the_second_norm() -> None:
@@ -242,8 +242,8 @@ def test_powers_of_two_readers_add_up() -> None:
     nn.init.normal_(module.other.weight)
     division = first(module)
     assert [(one.weight, one.endings) for one in division.readers] == [
-        ("linear.weight", (Ending("second", 6),)),
-        ("other.weight", (Ending("second", 6),)),
+        ("linear.weight", (Ending("second", 6, (0, 1)),)),
+        ("other.weight", (Ending("second", 6, (0, 1)),)),
     ]
 
 

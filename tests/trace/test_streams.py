@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import removed
 from architectures import causal, configs, families
-from flashnorm.plan import Kind
+from flashnorm.plan import Kind, Writer
 from flashnorm.planning.removable import removable
-from flashnorm.removable import Centring, Removable, Writer
+from flashnorm.removable import Centring, Removable
 
 CHANNELS, TOKENS = 6, 5
 

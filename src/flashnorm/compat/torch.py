@@ -124,10 +124,19 @@ def note_reads(module: nn.Module, noted: Callable[[str], None]) -> None:
     module._parameters = parameters
 
 
-def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> nn.Module:
-    """A shallow copy of a module that has these parameters instead; the module itself keeps its own."""
+def with_parameters(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter | None], dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A shallow copy of a module that has these parameters instead, and None for others; the module keeps its own.
+
+    If a dtype is given, the copy has the module's floating-point buffers in this dtype.
+    """
     probe = copy.copy(module)
-    probe._parameters = dict(parameters)
+    probe._parameters = dict.fromkeys(module._parameters) | dict(parameters)
+    probe._buffers = {
+        name: buffer.to(dtype) if buffer is not None and buffer.is_floating_point() else buffer
+        for name, buffer in module._buffers.items()
+    }
     return probe
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashnorm.convert.acceptance import check_config, check_places, check_plan
+from flashnorm.convert.acceptance import check_config, check_places, check_plan, form_of
 from flashnorm.convert.all_shards import write_shards
 from flashnorm.convert.job import Job, ProgressCallback
 from flashnorm.errors import DifferenceError, InputError
@@ -52,6 +52,9 @@ class ConvertResult:
         target: the folder that was written.
         norms: how many norm weights were folded.
         linears: how many stored weight tensors they were folded into.
+        centred: how many LayerNorms become RMSNorms.
+        writers: how many stored tensors were centred for that.
+        cancelled: how many norms are not computed.
         spelled_out: how many norm tensors stay, at their identity value, since Transformers would initialise them to
             another one.
         tensors: how many tensors the output holds.
@@ -68,6 +71,9 @@ class ConvertResult:
     target: Path
     norms: int
     linears: int
+    centred: int
+    writers: int
+    cancelled: int
     spelled_out: int
     tensors: int
     shards: int
@@ -91,6 +97,8 @@ def convert(
     keep_norms: bool = False,
     untie: bool = False,
     keep: Sequence[str] = (),
+    center: bool = False,
+    cancel: str | None = None,
     force: bool = False,
     verify: bool = False,
     push_to_hub: str | None = None,
@@ -111,6 +119,10 @@ def convert(
         keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
         untie: give a tied model a head of its own, so that its final norm folds as well.
         keep: shell patterns for norms that are not to be folded, or "final"; see `flashnorm.planning.keep`.
+        center: subtract the mean of everything that writes into the inputs of LayerNorms, so that these are RMSNorms,
+            where that is possible; see `flashnorm.removable`.
+        cancel: "exact" or "drop": norms whose divisions cancel are not computed. The `eps` of the norms behind them
+            becomes exact, or stays as it is.
         force: replace a target that exists, if everything in it is what `convert` wrote, unchanged.
         verify: compare the result with the source before it appears at the target, as `flashnorm.verify` does, and put
             a summary into its model card.
@@ -130,6 +142,7 @@ def convert(
             then stays at the target.
         DifferenceError: with `verify`, the result is not the same model. The target is then left as it was.
     """
+    form = form_of(cancel)
     if push_to_hub is not None:
         check_login(push_to_hub)
     checkpoint = Checkpoint.open(local_folder(source, revision, subfolder))
@@ -154,7 +167,9 @@ def convert(
         return card_summary(report)
 
     with _workers(checkpoint, executor, workers) as executor:
-        planned = plan_checkpoint(checkpoint, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
+        planned = plan_checkpoint(
+            checkpoint, untie=untie, keep=keep, center=center, cancel=form, trust_remote_code=trust_remote_code
+        )
         result = convert_checkpoint(
             planned,
             target,
@@ -251,6 +266,9 @@ def convert_checkpoint(
         target=target,
         norms=len(job.plan.folds),
         linears=len(job.names.folds),
+        centred=len(job.plan.centred.norms),
+        writers=len(job.names.centred),
+        cancelled=len(job.plan.cancelled.norms),
         spelled_out=len(job.names.spelled_out),
         tensors=sum(len(tensors) for tensors in job.tensors.values()),
         shards=len(job.sizes),

@@ -7,7 +7,7 @@ from flashnorm.errors import InputError
 from flashnorm.files.header import TORCH_DTYPES
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint
 from flashnorm.format import is_marked
-from flashnorm.plan import Kind
+from flashnorm.plan import Form, Kind
 from flashnorm.planning.checks import check_dtypes, check_shapes, is_plain, quantizations, refuse_quantised
 from flashnorm.planning.folded import trained_norms
 from flashnorm.planning.planned import PlannedCheckpoint
@@ -25,6 +25,15 @@ def check_config(checkpoint: Checkpoint) -> None:
         )
 
 
+def form_of(cancel: str | None) -> Form | None:
+    """The form of cancellation of this name. Raises `InputError` if there is none."""
+    try:
+        return None if cancel is None else Form(cancel)
+    except ValueError as error:
+        forms = " or ".join(one.value for one in Form)
+        raise InputError(f"expected {forms} for --cancel, found {cancel!r}") from error
+
+
 def check_plan(planned: PlannedCheckpoint) -> None:
     """Refuse a source in which the plan cannot be carried out.
 
@@ -40,7 +49,7 @@ def check_plan(planned: PlannedCheckpoint) -> None:
             f"{checkpoint.folder / CONFIG_FILE}: expected an ordinary checkpoint, found one that is converted already; "
             "use it as it is, or convert the checkpoint that it was made from"
         )
-    if not plan.folds or not tensors.norms:
+    if not (plan.folds and tensors.norms) and not tensors.centred and not plan.cancelled.norms:
         if any(kept.kind is Kind.QUANTISED for kept in plan.kept.values()):
             refuse_quantised(
                 checkpoint,
@@ -59,6 +68,12 @@ def check_plan(planned: PlannedCheckpoint) -> None:
             raise InputError(
                 f"{checkpoint.folder}: expected tensor {source}, of which {new} is to be a copy, found none; "
                 "is the checkpoint complete?"
+            )
+    for name in (tensors.untied.get(name, name) for name in tensors.centred):
+        if name not in checkpoint.tensors:
+            raise InputError(
+                f"{checkpoint.folder}: expected tensor {name} in plain floats, which is to be centred, found none; is "
+                "it quantised? Else, is the checkpoint complete, and of the model that its config.json names?"
             )
     for name in (*tensors.divided, *tensors.biases):
         if name not in checkpoint.tensors:
@@ -86,7 +101,7 @@ def _lies_in(inner: Path, outer: Path) -> bool:
 
 def _check_norms_present(checkpoint: Checkpoint, tensors: TensorPlan) -> None:
     absent = [norm for norm in tensors.norms if norm not in checkpoint.tensors]
-    if len(absent) == len(tensors.norms):
+    if absent and len(absent) == len(tensors.norms):
         raise InputError(
             f"{checkpoint.folder}: expected the weights of {len(absent)} norms, found all of them absent: this "
             "checkpoint is converted already (its config does not say so); use it as it is, or convert the one it was "

@@ -34,6 +34,15 @@ _ABSENT = """\
   on these tensors (llama.cpp, MLX) need what `flashnorm convert --keep-norms` writes.
 """
 
+_CENTRED = """\
+- The mean of the residual stream is zero: {} LayerNorms are RMSNorms in `flashnorm.load`. They still are LayerNorms for
+  everything else, with the same outputs; `hidden_states` before a norm lack their mean. Adapters cannot be converted.
+"""
+
+_CANCELLED = """\
+- The divisions of {} norms cancel in norms behind them; `flashnorm.load` does not compute them. Everything else may.
+"""
+
 
 def updated_card(
     card: str | None,
@@ -42,6 +51,8 @@ def updated_card(
     version: str,
     norms: int,
     linears: int,
+    centred: int = 0,
+    cancelled: int = 0,
     keep_norms: bool = False,
     generates: bool = False,
     summary: str = "",
@@ -53,6 +64,8 @@ def updated_card(
         base_model: the source's hub id, if it is known.
         version: the version of flashnorm.
         norms, linears: how many norm weights were folded into how many weights of linear layers.
+        centred: how many LayerNorms became RMSNorms.
+        cancelled: how many norms are not computed, as their divisions cancel.
         keep_norms: whether the folded norms are stored, at their identity value.
         generates: whether this is a causal language model, for which there are more runtimes.
         summary: the summary of a verification, in Markdown.
@@ -66,7 +79,7 @@ def updated_card(
         if base_model:
             front = _with_key(front, "base_model", [base_model])
     text = without_section(text).rstrip("\r\n") + "\n\n" if text.strip() else ""
-    section = _section(base_model, version, norms, linears, keep_norms, generates)
+    section = _section(base_model, version, norms, linears, centred, cancelled, keep_norms, generates)
     summary = f"\n{summary}" if summary else ""
     return f"---\n{front}---\n{text}{section}{summary}"
 
@@ -77,7 +90,16 @@ def is_causal(config: Mapping[str, Any]) -> bool:
     return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
 
 
-def _section(base_model: str | None, version: str, norms: int, linears: int, keep_norms: bool, generates: bool) -> str:
+def _section(
+    base_model: str | None,
+    version: str,
+    norms: int,
+    linears: int,
+    centred: int,
+    cancelled: int,
+    keep_norms: bool,
+    generates: bool,
+) -> str:
     source = f"`{base_model}`" if base_model else "the source model"
     stored = "are stored at the value that changes nothing" if keep_norms else "have no weights any more"
     return f"""# FlashNorm
@@ -98,9 +120,15 @@ What is different:
 - By itself, the fold makes few runtimes faster.
 - Adapters that were trained on the source do not fit; `flashnorm adapter` converts them. Neither does a draft head that
   reads the output of a folded norm.
-{"" if keep_norms else _ABSENT}
+{_left_out(centred, cancelled)}{"" if keep_norms else _ABSENT}
 Written by flashnorm {version}.
 """
+
+
+def _left_out(centred: int, cancelled: int) -> str:
+    """What is left out of norms, as lines of a list."""
+    parts = ((_CENTRED, centred), (_CANCELLED, cancelled))
+    return "".join(words.format(count) for words, count in parts if count)
 
 
 def _runs(keep_norms: bool) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashnorm.convert.acceptance import check_config, check_places, check_plan
+from flashnorm.convert.acceptance import check_config, check_places, check_plan, form_of
 from flashnorm.convert.job import Job
 from flashnorm.convert.on_hub import opened
 from flashnorm.files.staging import check_target
@@ -29,6 +29,7 @@ class DryRun:
         plan: what folds, and which norms are kept and why; norms with values that rule out a fold are among the kept.
         undecided: norm -> why only the conversion can tell whether it is kept: its products may be too large.
         linears: how many stored weight tensors would take a gain.
+        writers: how many would be centred.
         written: safetensors file -> its size in bytes.
         copied: file that is copied unchanged -> its size in bytes.
         left_out: files and folders of the source that do not belong to the model.
@@ -42,6 +43,7 @@ class DryRun:
     plan: FoldPlan
     undecided: dict[str, str]
     linears: int
+    writers: int
     written: dict[str, int]
     copied: dict[str, int]
     left_out: tuple[str, ...]
@@ -61,6 +63,7 @@ class DryRun:
             "target": self.target,
             "norms": len(self.plan.folds),
             "linears": self.linears,
+            "writers": self.writers,
             "plan": self.plan.to_dict(),
             "undecided": self.undecided,
             "written": self.written,
@@ -86,6 +89,8 @@ def dry_run(
     keep_norms: bool = False,
     untie: bool = False,
     keep: Sequence[str] = (),
+    center: bool = False,
+    cancel: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> DryRun:
@@ -101,19 +106,23 @@ def dry_run(
         keep_norms: norms keep a weight of ones, as for `convert`.
         untie: a tied output head gets a weight of its own.
         keep: norms that are to keep their weight, as shell patterns over their names.
+        center: LayerNorms become RMSNorms where that is possible.
+        cancel: "exact" or "drop", as for `convert`.
         force: `convert` might replace a target that exists.
         trust_remote_code: run code that the checkpoint carries.
 
     Raises:
         InputError: `convert` would refuse the source or the target; but a disk that is too small is no error here.
     """
-    target = Path(target)
+    target, form = Path(target), form_of(cancel)
     with opened(source, revision, subfolder) as checkpoint:
         if not on_hub(source):
             check_places(checkpoint.folder, target)
         check_config(checkpoint)
         check_target(target, force=force)
-        planned = plan_checkpoint(checkpoint, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
+        planned = plan_checkpoint(
+            checkpoint, untie=untie, keep=keep, center=center, cancel=form, trust_remote_code=trust_remote_code
+        )
         check_plan(planned)
         job = Job(planned, keep_norms, None, None)
         copied = {name: (checkpoint.folder / name).stat().st_size for name in job.copies}
@@ -124,6 +133,7 @@ def dry_run(
         plan=job.plan,
         undecided={planned.tensors.parameters.get(norm, norm): why for norm, why in undecided(planned).items()},
         linears=len(job.names.folds),
+        writers=len(job.names.centred),
         written=job.sizes,
         copied=copied,
         left_out=job.left_out,

@@ -48,7 +48,13 @@ class Job:
         self.planned = replace(self.planned, checkpoint=self.checkpoint.with_states_of([*self.copies, *card]))
         made = [CONFIG_FILE, INDEX_FILE, CARD_FILE, MANIFEST_FILE, *self.headers]
         check_names_differ(self.checkpoint.folder, [*made, *self.copies])
-        self.options = options(self.keep_norms, self.names.unties, self.planned.asked)
+        self.options = options(
+            self.keep_norms,
+            self.names.unties,
+            self.planned.asked,
+            bool(self.plan.centred.norms),
+            self.plan.cancelled.form,
+        )
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -138,7 +144,7 @@ class Job:
         if self.checkpoint.index is not None:
             self._write(staging, INDEX_FILE, updated_index(self.checkpoint, self.tensors))
         self.read[CONFIG_FILE] = file_record(folder / CONFIG_FILE)
-        config = updated_config(self.checkpoint, self.names)
+        config = updated_config(self.checkpoint, self.names, self.plan)
         self.written[CONFIG_FILE] = FileRecord.of(config)
         self.written[MANIFEST_FILE] = write_file(staging.model / MANIFEST_FILE, self._manifest())
         self.checkpoint.check_unchanged()
@@ -165,6 +171,8 @@ class Job:
             version=__version__,
             norms=len(self.plan.folds),
             linears=len(self.names.folds),
+            centred=len(self.plan.centred.norms),
+            cancelled=len(self.plan.cancelled.norms),
             keep_norms=self.keep_norms,
             generates=is_causal(self.checkpoint.config),
             summary=summary,

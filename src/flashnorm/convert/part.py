@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flashnorm.convert.biases import new_bias
 from flashnorm.convert.shards import output_header, shard_pieces, write_shard
+from flashnorm.convert.sums import sums_over
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint, FileState
 from flashnorm.files.records import file_record
@@ -90,9 +91,9 @@ def write_part(part: Part, advance: Callable[[Path, int], object]) -> Done:
     attempt = part.attempts / f"{part.shard}.{uuid.uuid4().hex}"
     norms = {use.norm: checkpoint.read_tensor(use.norm) for fold in names.folds.values() for use in fold.gains}
     overflows = Overflows(checkpoint, names)
-    bias = partial(new_bias, checkpoint, names)
+    bias, sums = partial(new_bias, checkpoint, names), partial(sums_over, checkpoint)
     header = checkpoint.headers[part.shard]
-    pieces = shard_pieces(header, names, norms, bias, overflows.add, keep_norms=part.keep_norms)
+    pieces = shard_pieces(header, names, norms, bias, sums, overflows.add, keep_norms=part.keep_norms)
     beginning = output_header(header, names, keep_norms=part.keep_norms)
     try:
         record = write_shard(checkpoint.folder / part.shard, attempt, beginning, pieces, partial(advance, attempt))

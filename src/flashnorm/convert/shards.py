@@ -21,11 +21,13 @@ from torch import Tensor
 
 from flashnorm.arithmetic import Gain, exceeds_one, fold_weight, overflowed
 from flashnorm.compat.torch import compute_alone
+from flashnorm.errors import InputError
 from flashnorm.files.ahead import ahead
 from flashnorm.files.direct_io import DirectReader, DirectWriter, buffers
 from flashnorm.files.header import TORCH_DTYPES, Header, TensorInfo, encode_header
 from flashnorm.files.staging import ShardRecord
 from flashnorm.format import FileRecord
+from flashnorm.means import centre, exact_sums
 from flashnorm.planning.tensors import TensorFold, TensorPlan
 
 # Bytes of a piece. Smaller pieces cost more system calls, larger ones fall out of the processor's caches.
@@ -83,6 +85,7 @@ def shard_pieces(
     tensors: TensorPlan,
     norms: Mapping[str, Tensor],
     bias: Callable[[str], Tensor],
+    sums: Callable[[str, int], Tensor],
     overflow: Callable[[str, slice, Tensor], object],
     *,
     keep_norms: bool,
@@ -92,8 +95,15 @@ def shard_pieces(
     Args:
         norms: the stored weight of every norm that folds, `[n]`.
         bias: computes the new value of a bias in `names.biases` or `names.divided`.
+        sums: computes the exact sums of a source tensor over an axis, as `exact_sums` gives them.
         overflow: called while pieces are folded, with the tensor's name and the arguments of `ReportOverflow`.
     """
+
+    def changed(name: str, source: str, info: TensorInfo, *, again: bool = False) -> Iterator[Piece]:
+        if name in tensors.centred:
+            return _centred_pieces(source, info, tensors.centred[name], sums, again=again)
+        return _tensor_pieces(info, tensors.folds.get(name), norms, partial(overflow, name), again=again)
+
     yield from _runs(0, header.data_start)
     for name, info in header.tensors.items():
         if name in header.passed_over:
@@ -106,10 +116,10 @@ def shard_pieces(
         elif name in tensors.biases or name in tensors.divided:
             yield from _replaced(info, bias(name))
         else:
-            yield from _tensor_pieces(info, tensors.folds.get(name), norms, partial(overflow, name))
+            yield from changed(name, name, info)
         for new, source in tensors.untied.items():
             if source == name:
-                yield from _tensor_pieces(info, tensors.folds.get(new), norms, partial(overflow, new), again=True)
+                yield from changed(new, source, info, again=True)
 
 
 def write_shard(
@@ -213,6 +223,24 @@ def _tensor_pieces(
         yield Piece(start, start + math.prod(shape) * dtype.itemsize, transform, again)
 
 
+def _centred_pieces(
+    name: str, info: TensorInfo, axis: int, sums: Callable[[str, int], Tensor], *, again: bool
+) -> Iterator[Piece]:
+    if not info.nbytes:
+        return
+    dtype = TORCH_DTYPES[info.dtype]
+    channels, inner = info.shape[axis], math.prod(info.shape[axis + 1 :])
+    # If a piece holds whole lines, their sums are at hand.
+    whole = channels * inner <= PIECE_BYTES // dtype.itemsize
+    of_lines = None if whole else sums(name, axis)
+    for first, shape, _ in fold_slices(info.shape, axis, PIECE_BYTES // dtype.itemsize):
+        line = first // (channels * inner) * inner + first % inner
+        part = None if of_lines is None else of_lines[line : line + shape[0] * shape[2]]
+        start = info.start + first * dtype.itemsize
+        transform = _centre(name, dtype, shape, part, channels)
+        yield Piece(start, start + math.prod(shape) * dtype.itemsize, transform, again)
+
+
 def _runs(start: int, end: int, transform: Transform | None = None, *, again: bool = False) -> Iterator[Piece]:
     for first in range(start, end, PIECE_BYTES):
         yield Piece(first, min(first + PIECE_BYTES, end), transform, again)
@@ -245,6 +273,26 @@ def _fold(
             overflow(overflowed(weight, folded, gain, axis=1))
 
     return transform
+
+
+def _centre(
+    name: str, dtype: torch.dtype, shape: tuple[int, int, int], sums: Tensor | None, channels: int
+) -> Transform:
+    def transform(source: Tensor, output: Tensor) -> None:
+        # `[outer, channels, inner]`, as lines of channels.
+        lines = source.view(dtype).view(shape).movedim(1, 2).flatten(0, 1)
+        try:
+            result = centre(lines, exact_sums(lines) if sums is None else sums, channels)
+        except ValueError as error:
+            raise not_centred(name, error) from error
+        output.view(dtype).view(shape).copy_(result.unflatten(0, (shape[0], shape[2])).movedim(2, 1))
+
+    return transform
+
+
+def not_centred(name: str, error: ValueError) -> InputError:
+    """The error for a weight that cannot be centred."""
+    return InputError(f"expected {name} to be centred, found {error}; leave out --center")
 
 
 def _as_tensor(window: memoryview) -> Tensor:

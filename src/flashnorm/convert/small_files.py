@@ -11,10 +11,11 @@ from flashnorm.files.header import TensorInfo
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint
 from flashnorm.files.source_files import open_file
 from flashnorm.format import config_keys, to_json
+from flashnorm.plan import FoldPlan
 from flashnorm.planning.tensors import TensorPlan
 
 
-def updated_config(checkpoint: Checkpoint, tensors: TensorPlan) -> bytes:
+def updated_config(checkpoint: Checkpoint, tensors: TensorPlan, plan: FoldPlan) -> bytes:
     """config.json with the keys that say what was done, and `tie_word_embeddings` false if the head was untied."""
     with open_file(checkpoint.folder / CONFIG_FILE) as file:
         ascii_only = file.read().isascii()
@@ -24,7 +25,7 @@ def updated_config(checkpoint: Checkpoint, tensors: TensorPlan) -> bytes:
         part = config.get("text_config")
         if isinstance(part, dict) and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
-    return to_json(config | config_keys(tensors.norms), ascii_only=ascii_only)
+    return to_json(config | config_keys(tensors.norms, plan.centred, plan.cancelled), ascii_only=ascii_only)
 
 
 def updated_index(checkpoint: Checkpoint, outputs: Mapping[str, list[tuple[str, TensorInfo]]]) -> bytes:

@@ -8,6 +8,7 @@
 """
 
 import fnmatch
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -131,11 +132,11 @@ class Checkpoint:
         return _as_tensor(self.read_bytes(name), self._torch_dtype(name), info.shape)
 
     def read_outputs(self, name: str, axis: int, limit: int) -> Iterator[Tensor]:
-        """A weight of two axes, block by block: a block has all input channels of some output channels.
+        """A weight, block by block: a block has all input channels of some output channels.
 
         Args:
             name: the tensor.
-            axis: the axis of the input channels.
+            axis: the axis of the input channels. The others are the output channels, in their order.
             limit: the most bytes of a block, unless one output channel has more.
 
         Yields:
@@ -145,15 +146,20 @@ class Checkpoint:
             InputError: PyTorch has no such dtype, or the file cannot be read.
         """
         info, dtype = self.tensors[name], self._torch_dtype(name)
-        inputs, outputs, size = info.shape[axis], info.shape[1 - axis], dtype.itemsize
+        outer, inputs, inner = math.prod(info.shape[:axis]), info.shape[axis], math.prod(info.shape[axis + 1 :])
+        size = dtype.itemsize
         step = max(1, limit // max(1, inputs * size))
-        for first in range(0, outputs, step):
-            count = min(step, outputs - first)
-            if axis == 1:
+        if inner == 1:
+            for first in range(0, outer, step):
+                count = min(step, outer - first)
                 data = self._read(info.file, [info.start + first * inputs * size], count * inputs * size)
                 yield _as_tensor(data, dtype, (count, inputs))
-            else:
-                starts = range(info.start + first * size, info.end, outputs * size)
+            return
+        for row in range(outer):
+            begin, end = (info.start + place * inputs * inner * size for place in (row, row + 1))
+            for first in range(0, inner, step):
+                count = min(step, inner - first)
+                starts = range(begin + first * size, end, inner * size)
                 yield _as_tensor(self._read(info.file, starts, count * size), dtype, (inputs, count)).T
 
     def part(self, shard: str, more: Collection[str]) -> "Checkpoint":

@@ -37,6 +37,8 @@ from flashnorm.format import (
     names_folds,
     other_folds,
 )
+from flashnorm.models.cancelled import CancelledNorm, compute_norms
+from flashnorm.models.centred import CentredNorm, subtract_means
 from flashnorm.plan import FoldPlan
 from flashnorm.trace.build import on_meta
 
@@ -133,7 +135,8 @@ def guard_adapters(
     if hasattr(model, "load_adapter"):
         vars(model)["load_adapter"] = guard.load_adapter
     stacks: set[str] = set()
-    for name in owners:
+    owners += [name for name, module in model.named_modules() if isinstance(module, CentredNorm | CancelledNorm)]
+    for name in dict.fromkeys(owners):
         norm: Any = model.get_submodule(name)
         if hasattr(norm, "guard"):
             norm.guard = guard.check
@@ -231,6 +234,9 @@ class _Guard:
 
     def check(self) -> None:
         """Raise `InputError` if the model has an adapter that would give wrong results."""
+        if self._configs():
+            subtract_means(self._model)
+            compute_norms(self._model)
         for name, config in self._configs().items():
             if self._accepted.get(name) is not config:
                 if (refused := self._refusal(config)) is not None:

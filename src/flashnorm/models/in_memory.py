@@ -73,9 +73,9 @@ def fold_(model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, ke
     return model
 
 
-def mark_config(config: PretrainedConfig, norms: Iterable[str]) -> None:
-    """Write into a model's config which norm tensors its checkpoint lacks, so that a saved checkpoint says so."""
-    for key, value in config_keys(norms).items():
+def mark_config(config: PretrainedConfig, norms: Iterable[str], *others: Any) -> None:
+    """Write into a model's config which norm tensors its checkpoint lacks; `others`: see `config_keys`."""
+    for key, value in config_keys(norms, *others).items():
         setattr(config, key, value)
 
 

@@ -18,12 +18,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from flashnorm.compat.transformers import ignore_stored
 from flashnorm.errors import InputError, brief
-from flashnorm.files.reader import Checkpoint
+from flashnorm.files.header import TORCH_DTYPES
+from flashnorm.files.reader import CONFIG_FILE, Checkpoint
+from flashnorm.format import CONFIG_KEY, listed_cancelled, listed_centred
 from flashnorm.hub import local_folder
 from flashnorm.models.adapters import guard_adapters
+from flashnorm.models.cancelled import cancel_norms
+from flashnorm.models.centred import put_rms_norms
 from flashnorm.models.in_memory import mark_config
 from flashnorm.models.weightless import make_weightless, under_all_names
-from flashnorm.plan import FoldPlan, Kept
+from flashnorm.plan import Cancelled, Centred, FoldPlan, Kept
 from flashnorm.planning.checks import check_shapes
 from flashnorm.planning.folded import weightless_norms
 from flashnorm.planning.names import tensor_plan
@@ -83,6 +87,8 @@ class Loading:
         tensors: names of the folded norm tensors; the files may hold them all the same, at their identity value.
         parameters: the folded norms' parameters, under all their names -> their identity value.
         readable: those of the names in `parameters` that the model's code reads from outside of the norm.
+        centred: the LayerNorms that become RMSNorms.
+        cancelled: the norms that are not computed.
         options: arguments of `from_pretrained` for each loading.
     """
 
@@ -90,6 +96,8 @@ class Loading:
     tensors: tuple[str, ...]
     parameters: dict[str, float]
     readable: frozenset[str]
+    centred: Centred = field(default_factory=Centred)
+    cancelled: Cancelled = field(default_factory=Cancelled)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -111,7 +119,8 @@ class Loading:
             )
         parameters = {tensors.parameters[tensor]: identity for tensor, identity in norms.items()}
         parameters = under_all_names(planned.model, parameters)
-        return Loading(planned, tuple(norms), parameters, planned.read_outside & parameters.keys())
+        readable = planned.read_outside & parameters.keys()
+        return Loading(planned, tuple(norms), parameters, readable, _centred(planned), _cancelled(planned))
 
     @property
     def plan(self) -> FoldPlan:
@@ -123,9 +132,51 @@ class Loading:
         planned, plan = self.planned, self.plan
         base, folder = type(planned.model), planned.checkpoint.folder
         model = _load(folder, base, self.parameters, self.tensors, self.readable, **self.options, **options)
-        mark_config(model.config, tensor_plan(plan, planned.stored.in_new_files()).norms)
+        mark_config(model.config, tensor_plan(plan, planned.stored.in_new_files()).norms, self.centred, self.cancelled)
+        stored = {one.name: self._stored_dtype(one.name) for one in self.centred.writers}
+        put_rms_norms(model, self.centred, stored, self.readable)
+        cancel_norms(model, self.cancelled)
         guard_adapters(model, plan, self.parameters, planned.plan)
         return model
+
+    def _stored_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype in which the files hold a parameter, or float64 if they hold none."""
+        tensors = self.planned.checkpoint.tensors
+        found = [tensors[name].dtype for name in self.planned.stored.views(parameter) if name in tensors]
+        return TORCH_DTYPES.get(found[0], torch.float64) if found else torch.float64
+
+
+def _centred(planned: PlannedCheckpoint) -> Centred:
+    """What the config says is centred. Raises `InputError` if that is not in the model."""
+    where = planned.checkpoint.folder / CONFIG_FILE
+    centred = listed_centred(planned.checkpoint.config, where)
+    modules, parameters = dict(planned.model.named_modules()), dict(planned.model.named_parameters())
+    unknown = [name for name in centred.norms if name not in modules]
+    unknown += [
+        one.name
+        for one in centred.writers
+        if one.name not in parameters or not 0 <= one.axis < parameters[one.name].dim()
+    ]
+    if unknown:
+        raise InputError(
+            f"{where}: expected {CONFIG_KEY}.centred to name norms and weights of the model, found "
+            f"{', '.join(unknown[:3])}; do config.json and the weights belong together?"
+        )
+    return centred
+
+
+def _cancelled(planned: PlannedCheckpoint) -> Cancelled:
+    """What the config says is not computed. Raises `InputError` if that is not in the model."""
+    where = planned.checkpoint.folder / CONFIG_FILE
+    cancelled = listed_cancelled(planned.checkpoint.config, where)
+    modules = dict(planned.model.named_modules())
+    named = [*cancelled.norms, *(one.norm for ends in cancelled.norms.values() for one in ends)]
+    if unknown := [name for name in named if name not in modules]:
+        raise InputError(
+            f"{where}: expected {CONFIG_KEY}.cancelled to name norms of the model, found {', '.join(unknown[:3])}; do "
+            "config.json and the weights belong together?"
+        )
+    return cancelled
 
 
 def use_kernels(model: PreTrainedModel) -> str | None:

@@ -12,6 +12,8 @@ from flashnorm.decoding.generate import Generate
 from flashnorm.decoding.guard import Substitute
 from flashnorm.files.reader import Checkpoint
 from flashnorm.hub import local_folder
+from flashnorm.models.cancelled import CancelledNorm
+from flashnorm.models.centred import CentredNorm
 from flashnorm.models.load import Loading, use_kernels, warn_of_plain
 from flashnorm.models.optimize import on_gpu, problem
 from flashnorm.planning.folded import trained_norms, weightless_norms
@@ -99,6 +101,8 @@ class FolderStatus:
         folded: how many norms have no weight, or a weight at its identity value; None for an ordinary checkpoint.
         trained: how many norms that were folded have weights again, because the model was trained since.
         foldable: how many norms the checkpoint's plan folds.
+        centred: how many LayerNorms are RMSNorms in the loaded model.
+        cancelled: how many norms the loaded model does not compute.
         runs: the status of the loaded model; None for an ordinary checkpoint, which is not loaded.
     """
 
@@ -108,6 +112,8 @@ class FolderStatus:
     trained: int
     foldable: int
     runs: Status | None
+    centred: int = 0
+    cancelled: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The status as plain JSON values."""
@@ -118,6 +124,8 @@ class FolderStatus:
             "folded_norms": self.folded,
             "trained_norms": self.trained,
             "foldable_norms": self.foldable,
+            "centred_norms": self.centred,
+            "cancelled_norms": self.cancelled,
             "runs": self.runs and self.runs.to_dict(),
         }
 
@@ -132,7 +140,10 @@ class FolderStatus:
                 f"{self.folder}: an ordinary {self.model_type} checkpoint; {self.foldable} of its norms can be folded: "
                 "flashnorm convert does that"
             )
-        return f"{self.folder}: a FlashNorm checkpoint of {self.model_type}, {self.folded} norms folded\n{self.runs}"
+        centred = f", {self.centred} LayerNorms are RMSNorms" if self.centred else ""
+        centred += f", {self.cancelled} are not computed" if self.cancelled else ""
+        head = f"{self.folder}: a FlashNorm checkpoint of {self.model_type}, {self.folded} norms folded{centred}"
+        return f"{head}\n{self.runs}"
 
 
 def folder_status(
@@ -153,9 +164,12 @@ def folder_status(
     planned = plan_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     trained = trained_norms(checkpoint, planned.tensors)
     plan, norms, runs = planned.plan, None if trained else weightless_norms(checkpoint, planned.tensors), None
+    centred = cancelled = 0
     if norms is not None:
         model = Loading.of(planned).load(dtype="auto")
         warn_of_plain(use_kernels(model))
         runs = status(model)
+        centred = sum(isinstance(module, CentredNorm) for module in model.modules())
+        cancelled = sum(isinstance(module, CancelledNorm) for module in model.modules())
     folded = None if norms is None else len(norms)
-    return FolderStatus(str(source), plan.model_type, folded, len(trained), len(plan.folds), runs)
+    return FolderStatus(str(source), plan.model_type, folded, len(trained), len(plan.folds), runs, centred, cancelled)

@@ -103,8 +103,7 @@ def under_all_names(model: nn.Module, norms: Mapping[str, float]) -> dict[str, f
 def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Module | None:
     """The module if it computes the same with these parameters None, a `WeightlessNorm` if that does, else None."""
     parameters = dict(module.named_parameters(recurse=False))
-    # A forward with more arguments (a gate, say) may use the weight in ways that this measurement does not show.
-    if [*module.buffers(), *module.children()] or not _takes_one(module.forward) or not calls_itself(module):
+    if [*module.buffers()]:
         return None
     if any(parameters[attribute].dim() != 1 for attribute in leaving):
         return None
@@ -112,9 +111,7 @@ def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Modu
     generator = torch.Generator("cpu").manual_seed(1)
     values = {name: torch.rand(p.shape, generator=generator, device="cpu") for name, p in parameters.items()}
     values |= {name: torch.full((parameters[name].numel(),), one, device="cpu") for name, one in leaving.items()}
-    try:
-        expected = _outputs(lambda dtype: _with_parameters(module, values, dtype), channels)
-    except Exception:  # it does not take one tensor, so it is no norm of a known kind
+    if (expected := measured(module, values, channels)) is None:
         return None
     candidates: list[Callable[[torch.dtype], nn.Module]] = [
         lambda dtype: _with_parameters(module, values | dict.fromkeys(leaving), dtype)
@@ -127,10 +124,27 @@ def _without_weights(module: nn.Module, leaving: Mapping[str, float]) -> nn.Modu
             found = _outputs(candidate, channels)
         except Exception:  # its code needs a weight
             continue
-        if all(_same(a, b) for a, b in zip(found, expected, strict=True)):
+        if all(same_outputs(a, b) for a, b in zip(found, expected, strict=True)):
             norm = candidate(torch.float32)
             return norm if isinstance(norm, WeightlessNorm) else module
     return None
+
+
+def measured(module: nn.Module, values: Mapping[str, Tensor], channels: int) -> list[Tensor] | None:
+    """A module's outputs for a few tokens (see `_outputs`), with other parameters; None if it cannot be run on them.
+
+    Args:
+        module: a module, on the CPU or the meta device.
+        values: the values of its parameters.
+        channels: how many channels a token has.
+    """
+    # A forward with more arguments (a gate, say) may use the weight in ways that this measurement does not show.
+    if [*module.children()] or not _takes_one(module.forward) or not calls_itself(module):
+        return None
+    try:
+        return _outputs(lambda dtype: _with_parameters(module, values, dtype), channels)
+    except Exception:  # it does not take one tensor
+        return None
 
 
 def _takes_one(forward: Callable[..., Any]) -> bool:
@@ -148,7 +162,7 @@ def _with_parameters(module: nn.Module, values: Mapping[str, Tensor | None], dty
         name: None if value is None else nn.Parameter(value.to(dtype), requires_grad=False)
         for name, value in values.items()
     }
-    return with_parameters(module, cast)
+    return with_parameters(module, cast, dtype)
 
 
 def _outputs(module_in: Callable[[torch.dtype], nn.Module], channels: int) -> list[Tensor]:
@@ -163,7 +177,7 @@ def _outputs(module_in: Callable[[torch.dtype], nn.Module], channels: int) -> li
         ]
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def same_outputs(found: Tensor, expected: Tensor) -> bool:
     """Equal up to the order of a float32 sum (plain RMSNorm modules are equal bit for bit on the CPU)."""
     tolerance = 4 * torch.finfo(expected.dtype).eps
     return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=tolerance, atol=0.0)

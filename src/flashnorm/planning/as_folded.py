@@ -12,7 +12,7 @@ from flashnorm.arithmetic import exceeds_one, gain_of
 from flashnorm.errors import InputError
 from flashnorm.files.header import TORCH_DTYPES
 from flashnorm.files.reader import Checkpoint
-from flashnorm.format import listed_norms
+from flashnorm.format import listed_centred, listed_norms
 from flashnorm.plan import Kept, Kind
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
 
@@ -43,6 +43,11 @@ def plan_as_folded(
     if listed is None:
         raise InputError(
             f"{where}: expected the config of a FlashNorm version, which lists its folded norms, found an ordinary one"
+        )
+    if listed_centred(config, where).norms:
+        raise InputError(
+            f"{where}: expected a FlashNorm version that has the means of its source, found one whose weights are "
+            "centred (--center), which what belongs to the source does not fit; convert the source without --center"
         )
     untie = _untied(config) and not _untied(checkpoint.config)
     planned = plan_checkpoint(checkpoint, untie=untie, trust_remote_code=trust_remote_code)

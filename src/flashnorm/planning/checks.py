@@ -32,7 +32,7 @@ def check_dtypes(checkpoint: Checkpoint, tensors: TensorPlan) -> None:
     Raises:
         InputError: a tensor has such a dtype.
     """
-    folds = [tensors.untied.get(name, name) for name in tensors.folds]
+    folds = [tensors.untied.get(name, name) for name in (*tensors.folds, *tensors.centred)]
     changed = (*tensors.norms, *tensors.divided, *tensors.biases, *folds)
     for name in changed:
         if name in checkpoint.tensors:
@@ -75,5 +75,5 @@ def _check_dtype(checkpoint: Checkpoint, name: str) -> None:
     if info.dtype not in foldable:
         raise InputError(
             f"{checkpoint.folder / info.file}: expected tensor {name} as one of {', '.join(foldable)}, found "
-            f"{info.dtype}; a gain cannot be folded exactly into it: convert the checkpoint in its original precision"
+            f"{info.dtype}; it cannot be folded or centred exactly: convert the checkpoint in its original precision"
         )

@@ -15,7 +15,9 @@ from flashnorm.errors import InputError
 from flashnorm.files.header import TORCH_DTYPES
 from flashnorm.files.reader import INDEX_FILE, Checkpoint
 from flashnorm.hub import local_folder
-from flashnorm.plan import FoldPlan, Kept
+from flashnorm.plan import FoldPlan, Form, Kept
+from flashnorm.planning.cancelled import plan_cancelled
+from flashnorm.planning.centred import centred_tensors, plan_centred
 from flashnorm.planning.checks import quantizations
 from flashnorm.planning.config import load_config
 from flashnorm.planning.keep import head_weight, into_head, keep_asked
@@ -120,7 +122,13 @@ class PlannedCheckpoint:
 
 
 def plan_checkpoint(
-    checkpoint: Checkpoint, *, untie: bool = False, keep: Sequence[str] = (), trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    *,
+    untie: bool = False,
+    keep: Sequence[str] = (),
+    center: bool = False,
+    cancel: Form | None = None,
+    trust_remote_code: bool = False,
 ) -> PlannedCheckpoint:
     """Plan a checkpoint by the model that its config names.
 
@@ -130,8 +138,12 @@ def plan_checkpoint(
     `keep_asked`), or if a linear layer that reads it is stored quantised (see `keep_quantised`). If the checkpoint
     lacks the output head, as embedding models do, the model without it is planned.
 
+    With `center`, LayerNorms become RMSNorms where that is possible (see `plan_centred`). With `cancel`, norms whose
+    divisions cancel are not computed (see `plan_cancelled`).
+
     Raises:
-        InputError: as for `plan`, or it cannot be seen how the checkpoint stores the parameters.
+        InputError: as for `plan`, `plan_centred` and `plan_cancelled`, or it cannot be seen how the checkpoint stores
+            the parameters.
     """
     config = load_config(checkpoint.folder, trust_remote_code)
     model = meta_model(config, untie, trust_remote_code)
@@ -150,20 +162,24 @@ def plan_checkpoint(
             tied |= {alias: name for alias in aliases if alias != name}
     _check_absent(checkpoint, names)
     plan = keep_asked(solve(tracer), tracer, keep, checkpoint.folder)
-    plan = _keep_before_unread(plan, names, checkpoint)
+    unread = _unread_weights(names, checkpoint)
+    plan = _keep_before_unread(plan, names, unread)
     quantised = quantised_tensors(checkpoint, names)
     plan = keep_quantised(plan, names, checkpoint, quantised, tied)
+    if center:
+        plan = plan_centred(plan, names, checkpoint, unread)
 
     def stored(parameter: str) -> Tensor | None:
         return next((checkpoint.read_tensor(name) for name in names.views(parameter) if names.has(name)), None)
 
     plan = keep_indivisible(plan, stored)
+    if cancel is not None:
+        plan = plan_cancelled(plan, names, checkpoint.folder, cancel)
     read_outside = frozenset(tracer.records.read_outside)
     tensors = tensor_plan(plan, names, tied)
     shapes = {name: shape for name, shape in tensors.shapes.items() if name not in quantised}
-    return PlannedCheckpoint(
-        checkpoint, plan, replace(tensors, shapes=shapes), names, tuple(keep), read_outside, quantised
-    )
+    tensors = replace(tensors, shapes=shapes, centred=centred_tensors(plan.centred, names))
+    return PlannedCheckpoint(checkpoint, plan, tensors, names, tuple(keep), read_outside, quantised)
 
 
 def _absent_head(names: StoredNames) -> str | None:
@@ -187,13 +203,18 @@ def _check_absent(checkpoint: Checkpoint, names: StoredNames) -> None:
         )
 
 
-def _keep_before_unread(plan: FoldPlan, names: StoredNames, checkpoint: Checkpoint) -> FoldPlan:
-    """The plan without folds into the output head, if the model's code does not read all the checkpoint's matrices."""
+def _unread_weights(names: StoredNames, checkpoint: Checkpoint) -> str | None:
+    """The first matrix of the checkpoint that the model's code does not read; None if it reads all."""
     of_weights = {piece for tensor in names.shapes() for piece in names.pieces(tensor)}
-    unread = [name for name in names.unread() if name not in of_weights and _may_be_weights(checkpoint, name)]
-    if not unread:
+    unread = (name for name in names.unread() if name not in of_weights and _may_be_weights(checkpoint, name))
+    return next(unread, None)
+
+
+def _keep_before_unread(plan: FoldPlan, names: StoredNames, unread: str | None) -> FoldPlan:
+    """The plan without folds into the output head, if the model's code does not read a matrix of the checkpoint."""
+    if unread is None:
         return plan
-    why = unknown(f"{unread[0]}, which the model's code does not read, may go with the output head")
+    why = unknown(f"{unread}, which the model's code does not read, may go with the output head")
     return plan.keep(dict.fromkeys(into_head(plan, names.model), why))
 
 

@@ -83,6 +83,8 @@ class TensorPlan:
         folds: tensor -> its fold. A tensor in `untied` is folded only if it is named here.
         biases: bias tensor of a linear layer -> the norm biases that it takes.
         divided: bias tensor of a norm -> the gain that it is divided by, because the gain folds and the bias stays.
+        centred: tensor -> the axis over which its mean is subtracted. A tensor in `untied` is centred only if it is
+            named here, and none is folded as well.
         norms: norm tensor that leaves the checkpoint -> its identity value (1.0; 0.0 for offset gains and for biases).
         spelled_out: those of `norms` that stay after all, at this value, as Transformers would initialise them to
             another one.
@@ -96,6 +98,7 @@ class TensorPlan:
     folds: dict[str, TensorFold] = field(default_factory=dict)
     biases: dict[str, BiasFold] = field(default_factory=dict)
     divided: dict[str, GainUse] = field(default_factory=dict)
+    centred: dict[str, int] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     spelled_out: tuple[str, ...] = ()
     untied: dict[str, str] = field(default_factory=dict)
@@ -125,7 +128,7 @@ class TensorPlan:
 
     def changed(self, other: "TensorPlan") -> set[str]:
         """The tensors of this plan that another plan treats differently."""
-        parts = ("folds", "biases", "divided", "norms")
+        parts = ("folds", "biases", "divided", "centred", "norms")
         pairs = [(getattr(self, part), getattr(other, part)) for part in parts]
         return {name for mine, its in pairs for name, what in mine.items() if its.get(name) != what}
 
@@ -136,6 +139,7 @@ class TensorPlan:
             folds={name: fold for name, fold in self.folds.items() if name in names},
             biases={name: fold for name, fold in self.biases.items() if name in names},
             divided={name: use for name, use in self.divided.items() if name in names},
+            centred={name: axis for name, axis in self.centred.items() if name in names},
             norms={name: identity for name, identity in self.norms.items() if name in names},
             spelled_out=tuple(name for name in self.spelled_out if name in names),
             untied=self.untied,

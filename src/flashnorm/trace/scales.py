@@ -11,6 +11,7 @@
 * Everything else is an escape, with its operator and its place: the division is needed there.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,13 +73,17 @@ class FactorRecords(Records):
 
     Attributes:
         sites: each division: the place with its module.
+        runs: how often each module runs.
+        shapes: each division: the shape of its tokens, which is that of what is divided, with one channel.
         factors: key -> factor, of all that were met.
         endings: key -> the norms in which the factor cancels.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.running = self.runs = _Running()
         self.sites: list[tuple[str, str | None]] = []
+        self.shapes: list[tuple[int, ...]] = []
         self.factors: dict[str, Factor] = {}
         self.endings: dict[str, list[Ending]] = {}
 
@@ -88,13 +93,52 @@ class FactorRecords(Records):
         self.gains.setdefault(factor.key, GainRecord())
         return factor.key
 
-    def end(self, factor: Factor, power: float | None) -> None:
-        """Note that a factor cancels in the module that is running."""
-        self.endings.setdefault(self.key(factor), []).append(Ending(self.running[-1] if self.running else "", power))
+    def end(self, factor: Factor, power: float | None, index: Tensor) -> None:
+        """Note that a factor cancels in the module that is running; `index` has the token of each element there."""
+        norm, dims = self.running[-1] if self.running else "", _dims(index, self.shapes[factor.site])
+        self.endings.setdefault(self.key(factor), []).append(Ending(norm, power, dims))
 
     def escape(self, gain: str, why: Kept, operator: str | None) -> None:
         """Note that a factor does not cancel."""
         super().escape(gain, replace(why, reason=_WORDS.get(why.reason, why.reason)), operator)
+
+
+class _Running(list[str]):
+    """The modules that are running, which counts how often each runs in one forward of the model, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most: Counter[str] = Counter()
+        self._runs: Counter[str] = Counter()
+
+    def append(self, name: str) -> None:
+        """Note that a module begins to run."""
+        if not name:  # the model itself
+            self._runs = Counter()
+        self._runs[name] += 1
+        self.most[name] = max(self.most[name], self._runs[name])
+        super().append(name)
+
+
+def _dims(index: Tensor, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The dimensions along which tokens of a shape run, one for each but the last; None if they do not run in order.
+
+    Args:
+        index: the token of each element, counted in the order of the shape.
+        shape: `[..., 1]`.
+    """
+    index, dims, expected = written_once(index), [], torch.zeros((), dtype=torch.long)
+    for axis, size in enumerate(shape[:-1]):
+        step = torch.Size(shape[axis + 1 :]).numel()
+        for dim in range(index.dim()):
+            if index.shape[dim] == size > 1 and bool((index.diff(dim=dim) == step).all()):
+                dims.append(dim)
+                expected = expected + (step * torch.arange(size)).view(
+                    [-1 if d == dim else 1 for d in range(index.dim())]
+                )
+                break
+    whole = len({*dims}) == len(shape) - 1 and shape[-1] == 1
+    return tuple(dims) if whole and torch.equal(index, expected.expand(index.shape)) else None
 
 
 def _records(call: Call) -> FactorRecords:
@@ -123,13 +167,14 @@ def _begin(call: Call, of: Tensor, divisor: Tensor) -> dict[str, Tensor]:
     index = tokens.broadcast_to(call.out.shape)
     if of.shape != call.out.shape or tokens.numel() == call.out.numel():
         return {}
-    return _site(call, index)
+    return _site(call, index, shape)
 
 
-def _site(call: Call, index: Tensor) -> dict[str, Tensor]:
+def _site(call: Call, index: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
     records = _records(call)
     place = records.here(Kept("", kind=None), call.operator)
     records.sites.append((records.running[-1] if records.running else "", place.where))
+    records.shapes.append(tuple(shape))
     return {records.key(Factor(len(records.sites) - 1, None, 1)): index}
 
 
@@ -183,7 +228,7 @@ def _multiplied(call: Call, a: Value, b: Value, sign: int) -> dict[str, Tensor]:
         if both.degree:
             gains[records.key(both)] = mine
         else:
-            records.end(both, power)
+            records.end(both, power, mine)
     return gains
 
 
@@ -318,12 +363,12 @@ def _norm(call: Call, bias: Tensor | None) -> list[Value]:
     for key, index in value.gains.items():
         if constant_along(index, tuple(dim % out.dim() for dim in dims)) and (written_once(index) != UNKNOWN).all():
             factor = records.factors[key]
-            records.end(replace(factor, degree=0), 2 * degrees[factor.site])
+            records.end(replace(factor, degree=0), 2 * degrees[factor.site], index)
         else:
             call.escape(key, MIXES)
     outer = out.shape[: out.dim() - len(dims)]
     index = torch.arange(outer.numel()).view(*outer, *[1 for _ in dims]).expand(out.shape)
-    gains = _site(call, index)
+    gains = _site(call, index, (*outer, *[1 for _ in dims]))
     if bias is not None:
         for key in gains:
             call.escape(key, _BIAS)
@@ -454,7 +499,10 @@ def divisions(tracer: Tracer) -> tuple[Division, ...]:
         escapes = [*reader.escapes, *records.gains[key].escapes, *not_reached(records.gains[key].received_by, unread)]
         endings = [*reader.endings, *records.endings.get(key, ())]
         readers[factor.weight] = Reader(factor.weight, tuple(dict.fromkeys(endings)), tuple(dict.fromkeys(escapes)))
-    return tuple(
-        Division(norm, where, tuple(reader for reader in readers.values() if reader.endings or reader.escapes))
-        for (norm, where), readers in found.items()
-    )
+    made: list[Division] = []
+    for (norm, where), by_weight in found.items():
+        readers = tuple(reader for reader in by_weight.values() if reader.endings or reader.escapes)
+        modules = [norm, *(ending.norm for reader in readers for ending in reader.endings)]
+        shared = next((name for name in modules if records.runs.most[name] > 1), None)
+        made.append(Division(norm, where, readers, shared))
+    return tuple(made)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from flashnorm.compat.torch import flat
-from flashnorm.plan import Kept, Kind
-from flashnorm.removable import Centring, Writer
+from flashnorm.plan import Kept, Kind, Writer
+from flashnorm.removable import Centring
 from flashnorm.trace.planner import Analysis
 from flashnorm.trace.records import GainRecord, Records, Use, not_reached
 from flashnorm.trace.rules import RULES, Call, Rule, joining, movement, propagate, reductions

@@ -14,7 +14,7 @@ from flashnorm.planning.checks import check_dtypes, check_shapes
 from flashnorm.planning.planned import plan_checkpoint
 from flashnorm.verify.conversion import Conversion
 from flashnorm.verify.integrity import IntegrityReport, verify_integrity
-from flashnorm.verify.manifest import patterns_to_keep
+from flashnorm.verify.manifest import patterns_to_keep, was_cancelled, was_centred
 from flashnorm.verify.outputs import compare_outputs, verify_outputs
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.range import without_too_large
@@ -108,11 +108,18 @@ def verify(
     if isinstance(text, Path):
         text = read_text(text)
     original, result = Checkpoint.open(local_folder(model, revision, subfolder)), Checkpoint.open(out)
-    # The plan is made afresh from the source. Whether the head was untied and which norms were to be kept is read from
-    # the result, and checked against it.
+    # The plan is made afresh from the source. Whether the head was untied, which norms were to be kept and whether
+    # weights are centred is read from the result, and checked against it.
     untie = _untied(result) and not _untied(original)
     keep = patterns_to_keep(result.folder)
-    planned = plan_checkpoint(original, untie=untie, keep=keep, trust_remote_code=trust_remote_code)
+    planned = plan_checkpoint(
+        original,
+        untie=untie,
+        keep=keep,
+        center=was_centred(result),
+        cancel=was_cancelled(result),
+        trust_remote_code=trust_remote_code,
+    )
     planned = without_too_large(planned, result)
     check_shapes(original, planned.tensors)
     check_dtypes(original, planned.tensors)

@@ -19,7 +19,6 @@ from flashnorm.files.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
 from flashnorm.files.records import file_record
 from flashnorm.format import CARD_FILE, CONFIG_KEY, MANIFEST_FILE, FileRecord, config_keys, without_section
 from flashnorm.planning.planned import PlannedCheckpoint
-from flashnorm.planning.tensors import TensorPlan
 from flashnorm.verify.findings import Finding, Findings
 from flashnorm.verify.manifest import (
     check_listed_files,
@@ -48,8 +47,8 @@ def check_files(
     Returns:
         How many files have the hash that the manifest gives.
     """
-    original, tensors = planned.checkpoint, planned.tensors
-    _check_config(original, result, tensors, findings)
+    original = planned.checkpoint
+    _check_config(planned, result, findings)
     check_index(result, findings)
     copies = set(other_files(original).belonging)
     records = folder_records(result.folder, copies, result_hashes)
@@ -57,14 +56,15 @@ def check_files(
     return _check_manifest(planned, result, source_hashes, records, findings)
 
 
-def _check_config(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findings: Findings) -> None:
+def _check_config(planned: PlannedCheckpoint, result: Checkpoint, findings: Findings) -> None:
+    original, tensors = planned.checkpoint, planned.tensors
     expected = copy.deepcopy(original.config)
     if tensors.unties:
         expected["tie_word_embeddings"] = False
         part = expected.get("text_config")
         if isinstance(part, dict) and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
-    expected |= config_keys(tensors.norms)
+    expected |= config_keys(tensors.norms, planned.plan.centred, planned.plan.cancelled)
     found = copy.deepcopy(result.config)
     section = found.get(CONFIG_KEY)
     if isinstance(section, dict) and isinstance(section.get("weightless"), list):

@@ -3,6 +3,7 @@
 * Every file must have the size and hash that flashnorm.json gives, and the plan in flashnorm.json must be the plan that
   the model's code gives now.
 * Config, index and tensors must agree with that plan: names, shapes, and folded norms absent or at the identity value.
+* The weights that the config lists as centred must have a mean of zero, but for rounding.
 * A norm that the plan folds may be kept if its product with a weight does not fit the weight's dtype. No weight that
   took a gain may be infinite.
 * The report says what cannot be known without the source: see `UNKNOWN`.
@@ -24,9 +25,19 @@ from rich.text import Text
 from flashnorm.errors import InputError
 from flashnorm.files.direct_io import sha256_of
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint
-from flashnorm.format import CONFIG_FLAGS, MANIFEST_FILE, Manifest, kept_by, listed_norms
+from flashnorm.format import (
+    CONFIG_FLAGS,
+    CONFIG_KEY,
+    MANIFEST_FILE,
+    Manifest,
+    kept_by,
+    listed_cancelled,
+    listed_centred,
+    listed_norms,
+)
 from flashnorm.hub import local_folder
-from flashnorm.planning.planned import plan_checkpoint
+from flashnorm.means import is_centred
+from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
 from flashnorm.planning.tensors import TensorPlan
 from flashnorm.verify.files import check_index
 from flashnorm.verify.findings import Finding, Findings
@@ -38,6 +49,8 @@ from flashnorm.verify.manifest import (
     folder_records,
     names_in,
     read_manifest,
+    was_cancelled,
+    was_centred,
 )
 from flashnorm.verify.range import infinities, without_too_large
 from flashnorm.verify.weights import PROBLEMS_IN_FULL, check_norms
@@ -52,6 +65,7 @@ UNKNOWN = (
 )
 
 _SHOWN = 20
+_BLOCK = 8 << 20  # bytes of a weight
 
 
 @dataclass(frozen=True)
@@ -220,7 +234,13 @@ def _check_model(
 ) -> tuple[int, int, int]:
     """Compare a checkpoint with a fresh plan: the numbers `tensors`, `unread` and `norms` of `IntegrityReport`."""
     checkpoint = Checkpoint.open(folder)
-    planned = plan_checkpoint(checkpoint, keep=kept_by(manifest.options), trust_remote_code=trust_remote_code)
+    planned = plan_checkpoint(
+        checkpoint,
+        keep=kept_by(manifest.options),
+        center=was_centred(checkpoint),
+        cancel=was_cancelled(checkpoint),
+        trust_remote_code=trust_remote_code,
+    )
     planned = without_too_large(planned, checkpoint)
     tensors, stored = planned.tensors, planned.stored
     check_plan(manifest, planned.plan, findings)
@@ -243,6 +263,7 @@ def _check_model(
             problem = "has another shape than the model's code expects"
             findings.add(Finding("tensor", name, problem, stored=found, expected=wanted))
     _check_finite(checkpoint, tensors, findings, progress)
+    _check_centred(checkpoint, planned, findings)
     return fit, len(stored.unread()), norms
 
 
@@ -270,6 +291,20 @@ def _check_finite(
             )
             index = tuple(int(i) for i in np.unravel_index(first, info.shape))
             findings.add(Finding("tensor", name, problem, index, differing=count, elements=math.prod(info.shape)))
+
+
+def _check_centred(checkpoint: Checkpoint, planned: PlannedCheckpoint, findings: Findings) -> None:
+    """Report a config that lists other centred weights than a fresh plan, and weights whose mean is not zero."""
+    listed, fresh = listed_centred(checkpoint.config, checkpoint.folder / CONFIG_FILE), planned.plan.centred
+    if ({*listed.norms}, {*listed.writers}) != ({*fresh.norms}, {*fresh.writers}):
+        findings.add(Finding("config", CONFIG_FILE, f"key '{CONFIG_KEY}.centred' is not what it must be"))
+    if listed_cancelled(checkpoint.config, checkpoint.folder / CONFIG_FILE).listed() != planned.plan.cancelled.listed():
+        findings.add(Finding("config", CONFIG_FILE, f"key '{CONFIG_KEY}.cancelled' is not what it must be"))
+    for name, axis in planned.tensors.centred.items():
+        if name in checkpoint.tensors and checkpoint.tensors[name].dtype in FORMATS:
+            blocks = checkpoint.read_outputs(name, axis, _BLOCK)
+            if not all(is_centred(block, 1, block.dtype) for block in blocks):
+                findings.add(Finding("tensor", name, "is listed as centred, and its mean is not zero"))
 
 
 def _listed(checkpoint: Checkpoint, tensors: TensorPlan, findings: Findings) -> TensorPlan:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from flashnorm.errors import InputError
 from flashnorm.files.others import TOOL_FOLDERS
-from flashnorm.files.reader import Checkpoint, read_json
+from flashnorm.files.reader import CONFIG_FILE, Checkpoint, read_json
 from flashnorm.files.records import file_record
-from flashnorm.format import MANIFEST_FILE, FileRecord, Manifest, kept_by, options
-from flashnorm.plan import FoldPlan
+from flashnorm.format import MANIFEST_FILE, FileRecord, Manifest, kept_by, listed_cancelled, listed_centred, options
+from flashnorm.plan import FoldPlan, Form
 from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.planning.tensors import TensorPlan
 from flashnorm.verify.findings import Finding, Findings
@@ -32,6 +32,33 @@ def patterns_to_keep(folder: Path) -> tuple[str, ...]:
         return kept_by(read_manifest(folder).options)
     except InputError:
         return ()
+
+
+def was_centred(result: Checkpoint) -> bool:
+    """Whether a converted folder says, in its config or its manifest, that its LayerNorms are RMSNorms."""
+    try:
+        if listed_centred(result.config, result.folder / CONFIG_FILE).norms:
+            return True
+    except InputError:  # which is a finding
+        return True
+    try:
+        return read_manifest(result.folder).options.get("center") is True
+    except InputError:
+        return False
+
+
+def was_cancelled(result: Checkpoint) -> Form | None:
+    """The form in which a converted folder says, in its config or its manifest, that divisions are cancelled."""
+    try:
+        if (form := listed_cancelled(result.config, result.folder / CONFIG_FILE).form) is not None:
+            return form
+    except InputError:  # which is a finding
+        pass
+    try:
+        said = read_manifest(result.folder).options.get("cancel")
+    except InputError:
+        return None
+    return next((form for form in Form if form.value == said), None)
 
 
 def check_listed_files(manifest: Manifest, found: Mapping[str, FileRecord], findings: Findings) -> int:
@@ -62,13 +89,19 @@ def check_listed_files(manifest: Manifest, found: Mapping[str, FileRecord], find
 
 
 def check_plan(manifest: Manifest, plan: FoldPlan, findings: Findings) -> None:
-    """Report a manifest whose folds are not those of a fresh plan.
+    """Report a manifest whose folds, or centred weights, are not those of a fresh plan.
 
     Kept norms are not compared, because their reasons name lines of the model's code, which change with releases.
     """
     if odd := set(manifest.plan.folds) ^ set(plan.folds):
         first = min(fold.norm for fold in odd)
         findings.add(Finding("manifest", MANIFEST_FILE, f"holds another plan than a fresh one, e.g. for {first}"))
+    if manifest.plan.cancelled.listed() != plan.cancelled.listed():
+        findings.add(Finding("manifest", MANIFEST_FILE, "holds another plan of what cancels than a fresh one"))
+    found, fresh = manifest.plan.centred, plan.centred
+    if odd := ({*found.norms} ^ {*fresh.norms}) | {one.name for one in {*found.writers} ^ {*fresh.writers}}:
+        problem = f"holds another plan of what is centred than a fresh one, e.g. for {min(odd)}"
+        findings.add(Finding("manifest", MANIFEST_FILE, problem))
 
 
 def check_options(
@@ -90,7 +123,8 @@ def check_options(
     """
     optional = tensors.norms.keys() - set(tensors.spelled_out)  # if empty, --keep-norms makes no difference
     keeps = bool(optional & result.tensors.keys()) if optional else manifest.options.get("keep_norms")
-    did = options(bool(keeps), untied, planned.asked)
+    plan = planned.plan
+    did = options(bool(keeps), untied, planned.asked, bool(plan.centred.norms), plan.cancelled.form)
     if manifest.options != did:
         problem = "names other options than were used"
         findings.add(Finding("manifest", MANIFEST_FILE, problem, stored=str(manifest.options), expected=str(did)))

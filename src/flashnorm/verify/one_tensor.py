@@ -9,6 +9,7 @@ import numpy as np
 
 from flashnorm.files.header import TensorInfo
 from flashnorm.planning.tensors import TensorFold
+from flashnorm.verify import means
 from flashnorm.verify.findings import Finding
 from flashnorm.verify.formats import FORMATS, Array, Scratch, decode
 from flashnorm.verify.gains import ExactGain
@@ -25,13 +26,16 @@ class Pair:
         name: the tensor's name in the converted checkpoint.
         source: where the source tensor is stored.
         stored: where the converted tensor is stored.
-        fold: the gains that the tensor must have taken, or None if it must be unchanged.
+        fold: the gains that the tensor must have taken, or None if it takes none.
+        centre: the source tensor's name, and the axis over which its mean must be subtracted; or None. Without both, it
+            must be unchanged.
     """
 
     name: str
     source: TensorInfo
     stored: TensorInfo
     fold: TensorFold | None = None
+    centre: tuple[str, int] | None = None
 
 
 class Piece(NamedTuple):
@@ -59,10 +63,13 @@ def line_of(pair: Pair) -> int:
 class TensorCheck:
     """The comparison of one tensor, collected over its pieces."""
 
-    def __init__(self, pair: Pair, gain: ExactGain | None, scratch: Scratch, sample: RoundingSample) -> None:
+    def __init__(
+        self, pair: Pair, gain: ExactGain | None, sums: means.Sums | None, scratch: Scratch, sample: RoundingSample
+    ) -> None:
         self.pair = pair
         self.differing = 0
         self._gain = gain
+        self._sums = sums
         self._scratch = scratch
         self._sample = sample
         self._first: tuple[int, str, str] | None = None
@@ -72,7 +79,10 @@ class TensorCheck:
     def look_at(self, piece: Piece) -> Underflow:
         """Compare the next piece. Returns what its folded weights lost at the small end of their dtype's range."""
         if self._gain is None:
-            self._look_for_changes(piece)
+            if self._sums is None:
+                self._look_for_changes(piece)
+            else:
+                self._look_for_wrong_differences(piece, self._sums)
             return NO_UNDERFLOW
         return self._look_for_wrong_products(piece, self._gain)
 
@@ -92,6 +102,17 @@ class TensorCheck:
             return int.from_bytes(data[places[0] * size :][:size].tobytes(), "little")
 
         self._note(piece.first // size, places, pattern(stored), pattern(source), size)
+
+    def _look_for_wrong_differences(self, piece: Piece, sums: means.Sums) -> None:
+        assert self.pair.centre is not None
+        tag, trailing = self.pair.stored.dtype, math.prod(self.pair.stored.shape[self.pair.centre[1] + 1 :])
+        source, stored = (np.frombuffer(data, FORMATS[tag].bits) for data in (piece.source, piece.stored))
+        first = piece.first // source.itemsize
+        places = means.differing(tag, source, stored, sums, first, trailing)
+        if places.size:
+            at = int(places[0])
+            line = int(means.lines_of(np.array([first + at]), sums.count, trailing)[0])
+            self._note(first, places, int(stored[at]), means.correct(tag, int(source[at]), sums, line), source.itemsize)
 
     def _look_for_wrong_products(self, piece: Piece, gain: ExactGain) -> Underflow:
         tag = self.pair.stored.dtype
@@ -131,6 +152,7 @@ class TensorCheck:
     def findings(self) -> Iterator[Finding]:
         """What is wrong with the tensor. Call this after all its pieces were compared."""
         changed = "was to be copied and differs" if self._gain is None else "is not the rounded product"
+        changed = changed if self._sums is None else "is not the source's minus its mean, rounded"
         infinite = f"became infinite, as the product does not fit {self.pair.stored.dtype}: its norm must be kept"
         for problem, first, count in (
             (changed, self._first, self.differing),

@@ -29,6 +29,7 @@ from flashnorm.planning.keep import head_weight
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
 from flashnorm.verify.as_loaded import AsLoaded, fits, loaded_continuation, loaded_outputs
 from flashnorm.verify.divergence import farthest, perplexity, sensitivity
+from flashnorm.verify.dropped import dropped_eps
 from flashnorm.verify.inputs import FEWEST_IDS, NoInputsError, calls_with_numbers
 from flashnorm.verify.measures import (
     MAX_RATIO,
@@ -41,7 +42,16 @@ from flashnorm.verify.measures import (
 )
 from flashnorm.verify.outputs_report import LogitDifference, OutputsReport
 from flashnorm.verify.returned import ReturnedReport, compare_returned
-from flashnorm.verify.runs import Runner, available_memory, converted_loader, needed_memory, quiet, source_loader
+from flashnorm.verify.runs import (
+    Loader,
+    Outputs,
+    Runner,
+    available_memory,
+    converted_loader,
+    needed_memory,
+    quiet,
+    source_loader,
+)
 from flashnorm.verify.text import DEFAULT_TEXT
 
 MAX_TOKENS = 384
@@ -176,24 +186,32 @@ def compare_outputs(
             return OutputsReport(skipped=str(error))
     load_source = source_loader(original.folder, trust_remote_code, **always)
 
+    def comparable(found: Outputs) -> Outputs:
+        # The residual stream of a centred model lacks the mean, which its norms do not see.
+        return found.without_means() if loading.centred.norms else found
+
+    def outputs(load: Loader, dtype: torch.dtype, *, exact: bool = False) -> Outputs:
+        return comparable(run.outputs(load, dtype, tokens, exact=exact))
+
     stage("the source in float64, as the reference")
-    oracle = run.outputs(load_source, torch.float64, tokens, exact=True)
+    oracle = outputs(load_source, torch.float64, exact=True)
     stage(f"the source in {_short(dtype)}")
-    source_outputs = run.outputs(load_source, dtype, tokens)
+    source_outputs = outputs(load_source, dtype)
     source_run = Run.of(oracle, source_outputs, tokens)
     stage(f"the converted model in {_short(dtype)}")
-    converted_outputs = run.outputs(load_converted, dtype, tokens)
+    converted_outputs = outputs(load_converted, dtype)
     converted_run = Run.of(oracle, converted_outputs, tokens)
     logits = _farthest_logits(oracle.logits, source_outputs.logits, converted_outputs.logits, tokens, tokenizer)
     as_loaded = AsLoaded("not run")
     if fits(blank, dtype, 8 * oracle.logits.numel()):
         stage(f"the converted model as flashnorm.load gives it, in {_short(dtype)}")
         loaded, path = loaded_outputs(loading, dtype, tokens)
-        as_loaded = AsLoaded(path, Run.of(oracle, loaded, tokens))
+        as_loaded = AsLoaded(path, Run.of(oracle, comparable(loaded), tokens))
         del loaded
     del source_outputs, converted_outputs
+    dropped = dropped_eps(run, loading, tokens)
     stage("the converted model in float64")
-    rounding = Run.of(oracle, run.outputs(load_converted, torch.float64, tokens, exact=True), tokens)
+    rounding = Run.of(oracle, outputs(load_converted, torch.float64, exact=True), tokens)
     oracle_perplexity = perplexity(oracle.logits, tokens)
     floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle.logits)
     del oracle
@@ -219,6 +237,7 @@ def compare_outputs(
         logits=logits,
         greedy=greedy,
         as_loaded=as_loaded,
+        dropped=dropped,
         criteria=(
             within(
                 f"in float64, the converted one is no farther from the reference than {_short(dtype)} takes the source",

@@ -43,6 +43,7 @@ class OutputsReport:
         logits: the logits of the converted run that are farthest from the reference, at most one for each token.
         greedy: the greedy continuations in float32.
         as_loaded: the runs of the converted model as `flashnorm.load` gives it; the runs above use its own code.
+        dropped: the largest relative change of what a norm gives by dropping `eps`; None if no `eps` was dropped.
         criteria: the conditions that decide whether the models count as the same.
     """
 
@@ -57,6 +58,7 @@ class OutputsReport:
     logits: tuple[LogitDifference, ...] = ()
     greedy: Greedy | None = None
     as_loaded: AsLoaded | None = None
+    dropped: float | None = None
     criteria: tuple[Criterion, ...] = ()
 
     @property

@@ -114,6 +114,7 @@ def _weights(report: WeightsReport) -> RenderableType:
     text = (
         f"weights: {report.folded} tensors are the correctly rounded product, "
         + (f"{report.biases} biases the rounded sum or quotient, " if report.biases else "")
+        + (f"{report.centred} the source's minus their mean, " if report.centred else "")
         + f"{report.unchanged} are unchanged, {report.norms} norm tensors left, {report.files} files have their hash "
         f"({report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s, {rate:.2f} GB/s)"
     )
@@ -165,6 +166,8 @@ def _outputs(report: OutputsReport | ReturnedReport) -> RenderableType:
     parts: list[RenderableType] = [_line(report.ok, head), table, Text(f"  {ratio}")]
     for criterion in report.criteria:
         parts.append(_line(criterion.ok, f"{escape(criterion.asked)}: {escape(criterion.found)}", indent="  "))
+    if report.dropped is not None:
+        parts.append(Text(f"  eps was dropped: what a norm gives changes by at most {report.dropped:.2g} of itself"))
     greedy = report.greedy
     if greedy.source_text is not None and greedy.converted_text is not None:
         parts.append(Text(f"  greedy, source:    {greedy.source_text!r}"))

@@ -71,6 +71,10 @@ class Outputs:
     logits: Tensor
     hidden: tuple[Tensor, ...] = ()
 
+    def without_means(self) -> "Outputs":
+        """The same, with hidden states that have a mean of zero over their channels."""
+        return Outputs(self.logits, tuple(state - state.mean(-1, keepdim=True) for state in self.hidden))
+
 
 @dataclass(frozen=True)
 class Runner:

@@ -19,6 +19,7 @@ def card_summary(report: VerifyReport) -> str:
         "",
         f"- Weights, bit for bit: {weights.folded} tensors are the exact product, rounded once; "
         + (f"{weights.biases} biases are the rounded sum or quotient; " if weights.biases else "")
+        + (f"{weights.centred} are the source's minus their mean; " if weights.centred else "")
         + f"{weights.unchanged} are unchanged; {weights.norms} norm tensors left.",
     ]
     if outputs is not None and outputs.skipped is None:

@@ -21,6 +21,7 @@ from flashnorm.verify.findings import Finding
 from flashnorm.verify.formats import FORMATS, Array, Scratch, decode
 from flashnorm.verify.gains import ExactGain
 from flashnorm.verify.hashed_file import HashedFile
+from flashnorm.verify.means import sums_of
 from flashnorm.verify.one_tensor import Pair, Piece, TensorCheck, line_of
 from flashnorm.verify.range import NO_UNDERFLOW, Underflow
 from flashnorm.verify.rounding import RoundingSample
@@ -66,7 +67,9 @@ def compare_tensors(
             hashing = hasher.submit(_hash, piece, sources[pair.source.file], stored[pair.stored.file])
             if check is None or check.pair is not pair:
                 _finish(check, report)
-                check = TensorCheck(pair, None if pair.fold is None else gains.of(pair), scratch, sample)
+                gain = None if pair.fold is None else gains.of(pair)
+                sums = None if pair.centre is None else sums_of(source, *pair.centre)
+                check = TensorCheck(pair, gain, sums, scratch, sample)
             underflow += check.look_at(piece)
             hashing.result()
             advance(piece.stored.nbytes)

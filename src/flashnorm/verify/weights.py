@@ -36,6 +36,7 @@ class WeightsReport:
     Attributes:
         folded: number of tensors that are the correctly rounded product of the source tensor and its gains.
         biases: number of biases that are the correctly rounded sum or quotient.
+        centred: number of tensors that are the source's minus their mean, correctly rounded.
         unchanged: number of tensors that are byte-identical to the source's.
         norms: number of norm tensors that are removed, or stored at their identity value.
         files: number of files whose hash is right.
@@ -58,6 +59,7 @@ class WeightsReport:
     problems: int
     rounding: Rounding | None = None
     underflow: Underflow = NO_UNDERFLOW
+    centred: int = 0
 
     @property
     def ok(self) -> bool:
@@ -70,6 +72,7 @@ class WeightsReport:
             "ok": self.ok,
             "folded": self.folded,
             "biases": self.biases,
+            "centred": self.centred,
             "unchanged": self.unchanged,
             "norms": self.norms,
             "files": self.files,
@@ -118,7 +121,7 @@ def verify_weights(
     return WeightsReport(
         folded=sum(pair.fold is not None and pair.name not in wrong for pair in pairs),
         biases=biases,
-        unchanged=sum(pair.fold is None and pair.name not in wrong for pair in pairs),
+        unchanged=sum(not (pair.fold or pair.centre) and pair.name not in wrong for pair in pairs),
         norms=norms,
         files=files,
         nbytes=sum(pair.stored.nbytes for pair in pairs),
@@ -127,6 +130,7 @@ def verify_weights(
         problems=findings.total,
         rounding=sample.result(),
         underflow=underflow,
+        centred=sum(pair.centre is not None and pair.name not in wrong for pair in pairs),
     )
 
 
@@ -143,6 +147,7 @@ def _pairs(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findin
             continue
         source = original.tensors[expected[name]]
         fold = tensors.folds.get(name)
+        centre = (expected[name], tensors.centred[name]) if name in tensors.centred else None
         changed_bias = name in tensors.biases or name in tensors.divided
         if (source.dtype, source.shape) != (stored.dtype, stored.shape):
             found, wanted = (f"{info.dtype} {list(info.shape)}" for info in (stored, source))
@@ -151,8 +156,10 @@ def _pairs(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findin
             continue  # `check_biases` checks it
         elif fold and (unknown := _unknown(original, source.dtype, (use.norm for use in fold.gains))):
             findings.add(Finding("tensor", name, f"was folded, in a dtype that cannot be checked: {unknown}"))
+        elif centre and source.dtype not in FORMATS:
+            findings.add(Finding("tensor", name, f"was centred, in a dtype that cannot be checked: {source.dtype}"))
         else:
-            pairs.append(Pair(name, source, stored, fold))
+            pairs.append(Pair(name, source, stored, fold, centre))
     return pairs
 
 
