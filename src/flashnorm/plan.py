@@ -99,13 +99,13 @@ class Kept:
         reason: the reason in words.
         operator: the operator that stopped the gain, if there is one.
         where: the place in the model: module path, file and line.
-        kind: the reason for programs; None in a plan from a manifest, which does not store it.
+        kind: the reason for programs; None where it is not known: a plan from a manifest does not store it.
     """
 
     reason: str
     operator: str | None = None
     where: str | None = None
-    kind: Kind | None = Kind.ASKED
+    kind: Kind | None = None
 
     def to_dict(self) -> dict[str, str | None]:
         """As plain JSON values."""

@@ -34,11 +34,11 @@ aten = torch.ops.aten
 
 # The words of the rules for gains, said of a factor.
 _WORDS = {
-    WITHOUT.reason: "it adds a tensor that is not scaled",
-    MIXES.reason: "it adds up different tokens",
-    DIFFERENT.reason: "it adds tensors that are scaled by different tokens",
-    NON_LINEAR.reason: "it does not commute with a scale",
-    TWICE.reason: "it multiplies tensors that are scaled by different tokens",
+    WITHOUT: "it adds a tensor that is not scaled",
+    MIXES: "it adds up different tokens",
+    DIFFERENT: "it adds tensors that are scaled by different tokens",
+    NON_LINEAR: "it does not commute with a scale",
+    TWICE: "it multiplies tensors that are scaled by different tokens",
 }
 _BIAS = Kept("the norm adds a bias of its own", kind=Kind.STOPPED)
 _NUMBER = Kept("it adds a number", kind=Kind.STOPPED)
@@ -100,7 +100,7 @@ class FactorRecords(Records):
 
     def escape(self, gain: str, why: Kept, operator: str | None) -> None:
         """Note that a factor does not cancel."""
-        super().escape(gain, replace(why, reason=_WORDS.get(why.reason, why.reason)), operator)
+        super().escape(gain, replace(why, reason=_WORDS.get(why, why.reason)), operator)
 
 
 class _Running(list[str]):
@@ -172,7 +172,7 @@ def _begin(call: Call, of: Tensor, divisor: Tensor) -> dict[str, Tensor]:
 
 def _site(call: Call, index: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
     records = _records(call)
-    place = records.here(Kept("", kind=None), call.operator)
+    place = records.here(Kept(""), call.operator)
     records.sites.append((records.running[-1] if records.running else "", place.where))
     records.shapes.append(tuple(shape))
     return {records.key(Factor(len(records.sites) - 1, None, 1)): index}

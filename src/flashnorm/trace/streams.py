@@ -38,8 +38,6 @@ _OTHER_AXES = Kept("it adds channels of different axes", kind=Kind.STOPPED)
 _NO_STREAM = Kept("its input is no sum of embeddings and linear layers", kind=Kind.STOPPED)
 _USED = Kept("it is used in another way", kind=Kind.SHARED)
 
-_MEAN = "mean of "
-
 
 class StreamRecords(Records):
     """What a trace finds of streams. The escapes are those of `gains`, by the stream's key.
@@ -50,6 +48,7 @@ class StreamRecords(Records):
         sites: the module of each subtraction of a mean -> the keys of the streams that are read there.
         places: the same modules -> where in it.
         failed: the modules in which what is read is no stream -> why.
+        means: the key of each mean that was taken -> the key of its stream.
     """
 
     def __init__(self) -> None:
@@ -57,6 +56,7 @@ class StreamRecords(Records):
         self.sites: dict[str, list[str]] = {}
         self.places: dict[str, str | None] = {}
         self.failed: dict[str, list[Kept]] = {}
+        self.means: dict[str, str] = {}
         self._parents: dict[str, str] = {}
         self._writers: dict[str, dict[str, set[tuple[int, int]]]] = {}  # by the roots
 
@@ -96,12 +96,12 @@ class StreamRecords(Records):
 
     def escape(self, gain: str, why: Kept, operator: str | None) -> None:
         """Note that a stream, or the mean of one, is read by something else than a LayerNorm."""
-        super().escape(gain.rpartition(_MEAN)[2], why, operator)
+        super().escape(self.means.get(gain, gain), why, operator)
 
     def read(self, key: str | None, why: Kept | None, operator: str) -> None:
         """Note the subtraction of a mean in the module that is running: of a stream, or of something else."""
         module = self.running[-1] if self.running else ""
-        self.places.setdefault(module, self.here(Kept("", kind=None), operator).where)
+        self.places.setdefault(module, self.here(Kept(""), operator).where)
         keys = self.sites.setdefault(module, [])
         if key is not None:
             keys.append(key)
@@ -119,7 +119,7 @@ def _records(call: Call) -> StreamRecords:
 
 def _stream(call: Call, value: Value) -> tuple[str, Tensor] | None:
     """The key and the channels of a stream; streams that were joined in one tensor become one. None: it is none."""
-    keys = [key for key in value.gains if _MEAN not in key]
+    keys = [key for key in value.gains if key not in _records(call).means]
     if not keys:
         return None
     index = value.gains[keys[0]]
@@ -224,7 +224,7 @@ def add(call: Call) -> Value:
     if (centred := _subtraction(call, values)) is not None:
         return centred
     found = [_stream(call, value) for value in values]
-    if not any(found) or any(_MEAN in key for value in values for key in value.gains):
+    if not any(found) or any(key in _records(call).means for value in values for key in value.gains):
         return _other(call)
     for position in (0, 1):
         if found[position] is None and (one := found[1 - position]) is not None:
@@ -256,14 +256,14 @@ def _subtraction(call: Call, values: Sequence[Value]) -> Value | None:
     if call.func.overloadpacket is not aten.sub or call.kwargs:
         return None
     found = _stream(call, values[0])
-    if found is None or [*values[1].gains] != [_name_of_mean(call.args[0], found[0])]:
+    if found is None or [*values[1].gains] != [_key_of_mean(call.args[0], found[0])]:
         return None
     _records(call).read(found[0], None, call.operator)
     return PLAIN
 
 
-def _name_of_mean(tensor: Tensor, key: str) -> str:
-    return f"{id(tensor)} {_MEAN}{key}"
+def _key_of_mean(tensor: Tensor, stream: str) -> str:
+    return f"mean of {stream} in {id(tensor)}"
 
 
 def mean(call: Call) -> Value:
@@ -278,7 +278,9 @@ def mean(call: Call) -> Value:
     if dims is not None and dim is not None and [one % index.dim() for one in dims] == [dim]:
         if call.func.overloadpacket is aten.mean and _all_channels(call, key, index, dim):
             nothing = torch.zeros((), dtype=torch.long).expand(call.out.shape)
-            return Value(gains={_name_of_mean(call.args[0], key): nothing})
+            mean_key = _key_of_mean(call.args[0], key)
+            _records(call).means[mean_key] = key
+            return Value(gains={mean_key: nothing})
         return _other(call)
     if dims is None or dim is None or not constant_along(index, tuple(dims)):
         return _other(call)
