@@ -16,7 +16,7 @@ from flashnorm.files.reader import Checkpoint
 from flashnorm.planning.planned import plan_checkpoint
 from flashnorm.verify import returned, verify_outputs
 from flashnorm.verify.divergence import vector_errors
-from flashnorm.verify.inputs import DRAWS, PIECES, Call, NoInputsError, calls_with_numbers
+from flashnorm.verify.inputs import DRAWS, PIECES, CallWithNumbers, NotRunError, calls_with_numbers
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.returned import ReturnedReport, compare_returned
 from flashnorm.verify.runs import Runner, source_loader
@@ -124,7 +124,7 @@ def test_a_converted_model_that_fails_is_no_skipped_one(tmp_path: Path) -> None:
         compare_returned(
             Runner(), load, broken, calls, torch.float32, model_class="ModernBertForMaskedLM", stage=lambda words: None
         )
-    with pytest.raises(NoInputsError, match="runs on none of the inputs that are known"):
+    with pytest.raises(NotRunError, match="runs on none of the inputs that are known"):
         compare_returned(
             Runner(), broken, load, calls, torch.float32, model_class="ModernBertForMaskedLM", stage=lambda words: None
         )
@@ -161,7 +161,7 @@ def test_floating_arguments_take_the_dtype_of_the_run() -> None:
         def forward(self, pixels: Tensor, ids: Tensor) -> tuple[torch.dtype, torch.dtype]:
             return pixels.dtype, ids.dtype
 
-    call = Call("forward", (({"pixels": torch.ones(2), "ids": torch.arange(2)},),), "forward")
+    call = CallWithNumbers("forward", (({"pixels": torch.ones(2), "ids": torch.arange(2)},),), "forward")
     for dtype in (torch.float64, torch.bfloat16):
         assert call.run(Module(), call.alternatives[0][0], dtype) == (dtype, torch.int64)
 

@@ -31,12 +31,12 @@ _TEXT = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_
 FEWEST_IDS = 32  # embeddings with fewer rows are no vocabularies
 
 
-class NoInputsError(Exception):
-    """No inputs are known that the model's forward takes. The message says why, in words for a report."""
+class NotRunError(Exception):
+    """The models cannot be run here. The message says why, in words for a report."""
 
 
 @dataclass(frozen=True)
-class Call:
+class CallWithNumbers:
     """A method of the model, and alternative lists of arguments for it: the first list that works is used, whole.
 
     Attributes:
@@ -57,7 +57,7 @@ class Call:
             return method(**{name: _in_dtype(value, dtype) for name, value in arguments.items()})
 
 
-def calls_with_numbers(model: PreTrainedModel, tokens: Tensor, dtype: torch.dtype) -> list[Call]:
+def calls_with_numbers(model: PreTrainedModel, tokens: Tensor, dtype: torch.dtype) -> list[CallWithNumbers]:
     """The calls that a model is run with; the first is its forward.
 
     Args:
@@ -66,20 +66,20 @@ def calls_with_numbers(model: PreTrainedModel, tokens: Tensor, dtype: torch.dtyp
         dtype: the narrowest dtype that the model will run in: the numbers are numbers of this dtype.
 
     Raises:
-        NoInputsError: no known inputs fit the model's forward.
+        NotRunError: no known inputs fit the model's forward.
     """
     tokens = _ordinary(model, tokens)
     try:
         calls = example_calls(model)
     except InputError as error:
-        raise NoInputsError(str(error)) from error
+        raise NotRunError(str(error)) from error
     earlier: Counter[str] = Counter()
     found = []
     for call in calls:
         earlier[call.method] += 1
         name = call.method if earlier[call.method] == 1 else f"{call.method} ({earlier[call.method]})"
         numbers = (tuple(_with_numbers(model, one, tokens, dtype)) for one in call.alternatives)
-        found.append(Call(call.method, tuple(numbers), name))
+        found.append(CallWithNumbers(call.method, tuple(numbers), name))
     return found
 
 

@@ -5,10 +5,11 @@
   converted model must stay within that noise.
 * One model is in memory at a time. A model that does not fit in float64 is streamed from disk (`runs.py`).
 * Weights that are stored quantised are dequantised as they are loaded, where Transformers can do that.
-* A model that is no causal language model is compared by all that it returns (`returned.py`).
+* A causal language model is compared by its predictions and its text (`on_text.py`), another model by all that it
+  returns (`returned.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,24 +28,11 @@ from flashnorm.planning.checks import is_plain
 from flashnorm.planning.config import load_config
 from flashnorm.planning.keep import head_weight
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
-from flashnorm.verify.as_loaded import AsLoaded, fits, loaded_continuation, loaded_outputs
-from flashnorm.verify.divergence import farthest, perplexity, sensitivity
-from flashnorm.verify.dropped import dropped_eps
-from flashnorm.verify.inputs import FEWEST_IDS, NoInputsError, calls_with_numbers
-from flashnorm.verify.measures import (
-    MAX_RATIO,
-    NEAR_TIE,
-    Run,
-    compare_greedy,
-    rounding_noise,
-    same_text,
-    within,
-)
-from flashnorm.verify.outputs_report import LogitDifference, OutputsReport
+from flashnorm.verify.inputs import FEWEST_IDS, NotRunError, calls_with_numbers
+from flashnorm.verify.on_text import compare_on_text
+from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.returned import ReturnedReport, compare_returned
 from flashnorm.verify.runs import (
-    Loader,
-    Outputs,
     Runner,
     available_memory,
     converted_loader,
@@ -58,7 +46,6 @@ MAX_TOKENS = 384
 PROMPT_TOKENS = 32
 GREEDY_STEPS = 64
 STREAMED_GREEDY_STEPS = 8  # each step reads the whole checkpoint
-LARGEST_DIFFERENCES = 10
 
 
 def verify_outputs(
@@ -134,149 +121,81 @@ def compare_outputs(
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> OutputsReport | ReturnedReport:
     """`verify_outputs` for checkpoints that are open already; `result` is the converted one, planned."""
-    config = load_config(original.folder, trust_remote_code)
-    remote = trust_remote_code and has_code_for(AutoModelForCausalLM, config)
-    # A config of BERT, say, has a causal language model as well, which is not what an encoder's checkpoint holds.
-    causal = remote or class_for(AutoModelForCausalLM, config) is type(result.model)
-    is_language_model = causal and head_weight(result.model) is not None
-    dequantised = dequantising(config) if result.quantised else None
-    if result.quantised and dequantised is None:
-        why = next(iter(result.quantised.values()))
-        return OutputsReport(
-            skipped=f"{why}, and transformers {transformers.__version__} does not dequantise it with the packages here"
-        )
-    always = {} if dequantised is None else {"quantization_config": dequantised}
+    try:
+        return _compare(original, result, text, steps, streamed, trust_remote_code, stage, progress)
+    except NotRunError as reason:
+        return OutputsReport(skipped=str(reason))
+
+
+def _compare(
+    original: Checkpoint,
+    result: PlannedCheckpoint,
+    text: str | None,
+    steps: int | None,
+    streamed: bool | None,
+    trust_remote_code: bool,
+    stage: Callable[[str], object],
+    progress: Callable[[int, int], object],
+) -> OutputsReport | ReturnedReport:
+    """`compare_outputs`; raises `NotRunError` if the models cannot be run here."""
+    config, blank = load_config(original.folder, trust_remote_code), result.model
+    always = _loading_options(result, config)
     tag = main_dtype(original)
     if tag is None:
-        return OutputsReport(skipped="no weights are plain floats")
+        raise NotRunError("no weights are plain floats")
     dtype, vocabulary = TORCH_DTYPES[tag], getattr(config.get_text_config(), "vocab_size", None) or FEWEST_IDS
     tokenizer = _tokenizer(original.folder, trust_remote_code)
     tokens = _tokens(tokenizer, text, vocabulary, config)
-    # The memory is computed for the converted model, which is the larger one if its head was untied.
-    blank = result.model
-    needed = {
-        way: needed_memory(blank, DTYPE_BITS[tag], len(tokens), vocabulary, streamed=way) for way in (False, True)
-    }
-    available = available_memory()
-    if streamed is None:
-        streamed = needed[False] > available
-    if needed[streamed] > available:
-        there = f"{available / 1e9:.1f} GB of memory are available"
-        return OutputsReport(
-            skipped=f"the source in float64 needs {needed[streamed] / 1e9:.1f} GB, even a module at a time; {there}"
-        )
-    if streamed and result.quantised:
-        return OutputsReport(
-            skipped=f"the source in float64 needs {needed[False] / 1e9:.1f} GB, and quantised weights are not streamed"
+    streamed = _is_streamed(result, streamed, DTYPE_BITS[tag], len(tokens), vocabulary)
+    run = Runner(streamed, progress)
+    loading = replace(Loading.of(result), options=always)
+    if not _is_language_model(result, config, trust_remote_code):
+        load_source = source_loader(original.folder, trust_remote_code, type(blank), **always)
+        calls = calls_with_numbers(blank, tokens, dtype)
+        return compare_returned(
+            run, load_source, converted_loader(loading), calls, dtype, model_class=type(blank).__name__, stage=stage
         )
     if steps is None:
         steps = STREAMED_GREEDY_STEPS if streamed else GREEDY_STEPS
     steps = min(steps, max(1, _positions(config) - PROMPT_TOKENS))
-    run = Runner(streamed, progress)
-    loading = replace(Loading.of(result), options=always)
-    load_converted = converted_loader(loading)
-    if not is_language_model:
-        load_source = source_loader(original.folder, trust_remote_code, type(blank), **always)
-        try:
-            calls = calls_with_numbers(blank, tokens, dtype)
-            return compare_returned(
-                run, load_source, load_converted, calls, dtype, model_class=type(blank).__name__, stage=stage
-            )
-        except NoInputsError as error:
-            return OutputsReport(skipped=str(error))
     load_source = source_loader(original.folder, trust_remote_code, **always)
+    return compare_on_text(run, load_source, loading, dtype, tokens, tokens[:PROMPT_TOKENS], steps, tokenizer, stage)
 
-    def comparable(found: Outputs) -> Outputs:
-        # The residual stream of a centred model lacks the mean, which its norms do not see.
-        return found.without_means() if loading.centred.norms else found
 
-    def outputs(load: Loader, dtype: torch.dtype, *, exact: bool = False) -> Outputs:
-        return comparable(run.outputs(load, dtype, tokens, exact=exact))
+def _is_language_model(result: PlannedCheckpoint, config: Any, trust_remote_code: bool) -> bool:
+    """Whether a checkpoint is one of a causal language model: the model of its plan is one, and has an output head."""
+    remote = trust_remote_code and has_code_for(AutoModelForCausalLM, config)
+    # A config of BERT, say, has a causal language model as well, which is not what an encoder's checkpoint holds.
+    causal = remote or class_for(AutoModelForCausalLM, config) is type(result.model)
+    return causal and head_weight(result.model) is not None
 
-    stage("the source in float64, as the reference")
-    oracle = outputs(load_source, torch.float64, exact=True)
-    stage(f"the source in {_short(dtype)}")
-    source_outputs = outputs(load_source, dtype)
-    source_run = Run.of(oracle, source_outputs, tokens)
-    stage(f"the converted model in {_short(dtype)}")
-    converted_outputs = outputs(load_converted, dtype)
-    converted_run = Run.of(oracle, converted_outputs, tokens)
-    logits = _farthest_logits(oracle.logits, source_outputs.logits, converted_outputs.logits, tokens, tokenizer)
-    as_loaded = AsLoaded("not run")
-    if fits(blank, dtype, 8 * oracle.logits.numel()):
-        stage(f"the converted model as flashnorm.load gives it, in {_short(dtype)}")
-        loaded, path = loaded_outputs(loading, dtype, tokens)
-        as_loaded = AsLoaded(path, Run.of(oracle, comparable(loaded), tokens))
-        del loaded
-    del source_outputs, converted_outputs
-    dropped = dropped_eps(run, loading, tokens)
-    stage("the converted model in float64")
-    rounding = Run.of(oracle, outputs(load_converted, torch.float64, exact=True), tokens)
-    oracle_perplexity = perplexity(oracle.logits, tokens)
-    floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle.logits)
-    del oracle
-    prompt = tokens[:PROMPT_TOKENS]
-    stage("the source's greedy text, in float32")
-    expected, expected_logits = run.continuation(load_source, prompt, steps)
-    stage("the converted model's")
-    found, _ = run.continuation(load_converted, prompt, steps)
-    tolerance = NEAR_TIE * source_run.rms_difference
-    greedy = compare_greedy(expected, found, expected_logits, tolerance, tokenizer)
-    if fits(blank, torch.float32, 0):
-        stage("the converted model's, as flashnorm.load gives it")
-        found = loaded_continuation(loading, prompt, steps)
-        as_loaded = replace(as_loaded, greedy=compare_greedy(expected, found, expected_logits, tolerance, tokenizer))
-    return OutputsReport(
-        dtype=_short(dtype),
-        streamed=streamed,
-        tokens=len(tokens),
-        oracle_perplexity=oracle_perplexity,
-        source=source_run,
-        converted=converted_run,
-        rounding=rounding,
-        logits=logits,
-        greedy=greedy,
-        as_loaded=as_loaded,
-        dropped=dropped,
-        criteria=(
-            within(
-                f"in float64, the converted one is no farther from the reference than {_short(dtype)} takes the source",
-                rounding,
-                source_run,
-                1.0,
-                floor,
-            ),
-            within(
-                f"in {_short(dtype)}, it is at most {MAX_RATIO:g} times as far as the source",
-                converted_run,
-                source_run,
-                MAX_RATIO,
-                floor,
-            ),
-            same_text("greedy tokens in float32 agree, or part at a near tie of the source", greedy),
-            *as_loaded.criteria(_short(dtype), source_run, floor),
-        ),
+
+def _loading_options(result: PlannedCheckpoint, config: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with which Transformers dequantises what is stored quantised."""
+    if not result.quantised:
+        return {}
+    if (dequantised := dequantising(config)) is not None:
+        return {"quantization_config": dequantised}
+    why = next(iter(result.quantised.values()))
+    raise NotRunError(
+        f"{why}, and transformers {transformers.__version__} does not dequantise it with the packages here"
     )
 
 
-def _farthest_logits(
-    oracle: Tensor, source: Tensor, converted: Tensor, tokens: Tensor, tokenizer: Any
-) -> tuple[LogitDifference, ...]:
-    def decoded(ids: Sequence[int]) -> str | None:
-        return None if tokenizer is None else tokenizer.decode(ids)
-
-    return tuple(
-        LogitDifference(
-            position=position,
-            token=entry,
-            oracle=float(oracle[position, entry]),
-            source=float(source[position, entry]),
-            converted=float(converted[position, entry]),
-            context=decoded(tokens[max(0, position - 7) : position + 1].tolist()),
-            token_text=decoded([entry]),
+def _is_streamed(result: PlannedCheckpoint, asked: bool | None, bits: int, tokens: int, vocabulary: int) -> bool:
+    """Whether weights are streamed: as asked, or else if they do not fit into memory."""
+    # The memory is computed for the converted model, which is the larger one if its head was untied.
+    whole, streamed = (needed_memory(result.model, bits, tokens, vocabulary, streamed=each) for each in (False, True))
+    available = available_memory()
+    decided = whole > available if asked is None else asked
+    if (needed := streamed if decided else whole) > available:
+        raise NotRunError(
+            f"the source in float64 needs {needed / 1e9:.1f} GB, even a module at a time; "
+            f"{available / 1e9:.1f} GB of memory are available"
         )
-        for position, entry in farthest(oracle, converted, LARGEST_DIFFERENCES)
-    )
+    if decided and result.quantised:
+        raise NotRunError(f"the source in float64 needs {whole / 1e9:.1f} GB, and quantised weights are not streamed")
+    return decided
 
 
 def main_dtype(checkpoint: Checkpoint) -> str | None:
@@ -321,7 +240,3 @@ def _tokens(tokenizer: Any, text: str | None, vocabulary: int, config: Any) -> T
 
 def _positions(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from flashnorm.errors import InputError, brief
 from flashnorm.verify.divergence import standard_error, typical_kl, vector_errors
-from flashnorm.verify.inputs import Call, NoInputsError
+from flashnorm.verify.inputs import CallWithNumbers, NotRunError
 from flashnorm.verify.measures import CHANCE, FLOAT64_NOISE, MAX_RATIO, Criterion
 from flashnorm.verify.runs import Loader, Runner
 
@@ -113,7 +113,7 @@ def compare_returned(
     run: Runner,
     load_source: Loader,
     load_converted: Loader,
-    calls: Sequence[Call],
+    calls: Sequence[CallWithNumbers],
     dtype: torch.dtype,
     *,
     model_class: str,
@@ -137,7 +137,7 @@ def compare_returned(
         stage: called with a few words before each run.
 
     Raises:
-        NoInputsError: the source's forward works with none of the inputs.
+        NotRunError: the source's forward works with none of the inputs.
         InputError: another run returns other tensors than the reference run.
     """
     named = str(dtype).removeprefix("torch.")
@@ -156,7 +156,7 @@ def compare_returned(
             except Exception as error:  # code for tensors that are not what it expects raises anything
                 who = f"{model_class} {'in float64' if exact else f'in {named}'}"
                 if load is load_source:
-                    raise NoInputsError(f"{who} does not run ({brief(error)})") from error
+                    raise NotRunError(f"{who} does not run ({brief(error)})") from error
                 raise InputError(
                     f"expected the converted model to run as its source does, found that {who} fails: {brief(error)}"
                 ) from error
@@ -185,9 +185,11 @@ def compare_returned(
     )
 
 
-def _first_that_work(model: PreTrainedModel, calls: Sequence[Call]) -> tuple[list[Call], dict[str, Tensor]]:
+def _first_that_work(
+    model: PreTrainedModel, calls: Sequence[CallWithNumbers]
+) -> tuple[list[CallWithNumbers], dict[str, Tensor]]:
     """The calls with the first alternative that works, and what they return. Methods that do not work are left out."""
-    chosen: list[Call] = []
+    chosen: list[CallWithNumbers] = []
     found: dict[str, Tensor] = {}
     for call in calls:
         problems: list[Exception] = []
@@ -202,11 +204,11 @@ def _first_that_work(model: PreTrainedModel, calls: Sequence[Call]) -> tuple[lis
         else:
             if call.method == "forward":
                 why = brief(problems[0]) if problems else "none are known"
-                raise NoInputsError(f"{type(model).__name__} runs on none of the inputs that are known ({why})")
+                raise NotRunError(f"{type(model).__name__} runs on none of the inputs that are known ({why})")
     return chosen, found
 
 
-def _outputs(model: PreTrainedModel, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, Tensor]:
+def _outputs(model: PreTrainedModel, calls: Sequence[CallWithNumbers], dtype: torch.dtype) -> dict[str, Tensor]:
     """Name -> `[vectors, channels]`, of all that the calls return for all their arguments."""
     found: dict[str, list[Tensor]] = {}
     for call in calls:
