@@ -148,6 +148,7 @@ bench: $(INSTALLED)
 	@$(PIP) -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/convert.py
 	@$(BIN)/python benchmarks/operators.py
+	@$(BIN)/python benchmarks/left_out.py
 	@mkdir -p build
 	@$(BIN)/python benchmarks/generate.py --json build/smollm2-bfloat16.json
 	@$(BIN)/python benchmarks/generate.py --dtype float32 --json build/smollm2-float32.json
