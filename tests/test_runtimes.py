@@ -4,6 +4,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from runtimes.__main__ import said
 from runtimes.compare import NO_ANSWER, TOKENS, Run, compare, run
 from runtimes.models import MODELS
 from runtimes.page import BEGIN, END, NOT_RUN, PAGE, cell, put_table, rows_of, with_results
+from runtimes.quantised import orders
 from runtimes.table import KEEP, WAYS, WEIGHTLESS, Way
+from runtimes.texts import IDS, SKIPPED, TEXTS, chosen
 
 WAY = next(way for way in WAYS if way.name == "flashnorm.load")
 
@@ -105,6 +108,24 @@ def test_every_cell_of_the_page_has_a_result_or_a_reason() -> None:
     assert list(rows) == [(way.name, form) for way in WAYS for form in way.forms]
     cells = [row[model.name] for row in rows.values() for model in MODELS]
     assert [cell for cell in cells if not re.match("same: |refused: |not run: ", cell)] == []
+
+
+def test_both_orders_are_compared_text_by_text() -> None:
+    source = np.geomspace(1e-4, 1e-1, 16)
+    found = orders(source, 1.1 * source, draws=100)
+    assert (found.ratio, found.low, found.high) == pytest.approx((1.1, 1.1, 1.1))
+    assert found.folded == pytest.approx(1.1 * found.source)
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.2, 16))
+    noisy = orders(source, source * noise)
+    assert noisy.low < noisy.ratio < noisy.high
+    # About two standard errors to either side.
+    error = np.log(noise).std(ddof=1) / 4
+    assert np.log(noisy.high / noisy.low) == pytest.approx(4 * error, rel=0.25)
+
+
+def test_texts_of_calibration_are_others() -> None:
+    assert len({*chosen(0), *chosen(1)}) == 2 * TEXTS
+    assert min(len(topics[name]) for name in chosen(0) + chosen(1)) > SKIPPED + 10 * IDS
 
 
 def test_a_page_without_a_mark_is_refused() -> None:

@@ -87,6 +87,26 @@ MODELS = [
 ]
 
 
+def without_grid(build: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """A model whose matrices have left the grid of four bits from which the packages' weights come.
+
+    On that grid, quantising the source again would lose less than it does for weights that were never quantised, and
+    the fold leaves it. Each row gets normal noise of 0.08 of its standard deviation, a third of a step of four bits.
+    """
+
+    def build_it(folder: Path) -> Path:
+        made = build(folder.with_name(f"{folder.name}-on-the-grid"))
+        weights, generator = load_file(made / "model.safetensors"), torch.Generator().manual_seed(0)
+        for name, weight in weights.items():
+            if weight.dim() == 2:
+                noise = torch.randn(weight.shape, generator=generator)
+                weights[name] = weight + 0.08 * weight.std(1, keepdim=True) * noise
+        save_file(weights, made / "model.safetensors", {"format": "pt"})
+        return made.rename(folder)
+
+    return build_it
+
+
 def folders(model: Model, root: Path) -> dict[str, Path]:
     """ "source" and the forms of the converted model -> folder; each is made if it is not there."""
     home = root / model.name.replace(" ", "-").lower()

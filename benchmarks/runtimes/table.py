@@ -16,6 +16,13 @@ ENVIRONMENTS = {
             *("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0", "openvino==2026.4.1"),
         )
     ),
+    "quantised": Environment(
+        (
+            # The newest that llm-compressor takes.
+            *(*TORCH, "transformers==5.17.0", "sentencepiece", "torchao==0.18.0", "hqq==0.2.8.post1"),
+            *("bitsandbytes==0.50.2", "llmcompressor==0.14.0.1"),
+        )
+    ),
     "executorch": Environment((*TORCH, TRANSFORMERS, "executorch==1.5.1")),
     "llama_cpp": Environment(
         ("llama-cpp-python==0.3.36", "gguf==0.19.0", "torch==2.13.0", TRANSFORMERS, "sentencepiece"),

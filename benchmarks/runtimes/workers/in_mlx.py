@@ -2,14 +2,15 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm import convert
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
+from mlx_lm.utils import _get_classes, load_model
 
 
 class Model:
@@ -42,23 +43,23 @@ class Weightless(nn.Module):
         return mx.fast.rms_norm(x, None, self.eps)
 
 
-def without_weights(folder: Path) -> nn.Module:
-    """A weightless folder in mlx-lm: the patch that it would need."""
-    model, config = load_model(folder, strict=False)
+def weightless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """What a weightless folder needs in mlx-lm: its classes, with other modules where norms have no weight."""
+    model_class, arguments = _get_classes(config)
     names = config.get("flashnorm", {}).get("weightless", [])
-    norms = [(name.removesuffix(".weight"), Weightless(config["rms_norm_eps"])) for name in names]
-    model.update_modules(tree_unflatten(norms))
-    expected = {name for name, _ in tree_flatten(model.parameters())}
-    found = {name for file in folder.glob("*.safetensors") for name in mx.load(str(file))}
-    if absent := expected - found:
-        raise ValueError(f"{sorted(absent)[0]} is absent, and not in the list of weightless norms")
-    return model
+
+    def build(of: Any) -> nn.Module:
+        model = model_class(of)
+        norms = [(name.removesuffix(".weight"), Weightless(config["rms_norm_eps"])) for name in names]
+        return model.update_modules(tree_unflatten(norms)) if norms else model
+
+    return build, arguments
 
 
 def load(variant: str, folder: Path, form: str, scratch: Path) -> Model:
     """Converted by `mlx_lm.convert`, which needs a tokenizer; without one, or if `variant` is "patched", as it is."""
     if variant == "patched":
-        return Model(without_weights(folder))
+        return Model(load_model(folder, get_model_classes=weightless_classes)[0])
     if (folder / "tokenizer.json").exists():
         convert(str(folder), str(scratch / "mlx"), dtype="float32")
         folder = scratch / "mlx"

@@ -134,6 +134,16 @@ def _unpack() -> None:
     partial.rename(SOURCES)
 
 
+def quantise(file: Path, kind: str) -> Path:
+    """A GGUF file in float32 -> one of a kind, as `llama-quantize` makes it."""
+    target = file.with_name(f"{kind}.gguf")
+    parameters = lib.llama_model_quantize_default_params()
+    parameters.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if status := lib.llama_model_quantize(str(file).encode(), str(target).encode(), ctypes.byref(parameters)):
+        raise RuntimeError(f"llama_model_quantize returned {status}")
+    return target
+
+
 def patch() -> None:
     """Load llama.cpp with `MODELS` compiled anew, their norms before attention and MLP being optional.
 
@@ -157,9 +167,10 @@ def patch() -> None:
 
 
 def load(variant: str, folder: Path, form: str, scratch: Path) -> Model:
-    """Converted and loaded; `variant` may be "patched"."""
+    """Converted and loaded; `variant` may be "patched", or a kind to which the file is quantised before."""
     global lib
     if variant == "patched":
         patch()
     lib = importlib.import_module("llama_cpp")
-    return Model(convert(folder, scratch / "model.gguf"))
+    file = convert(folder, scratch / "model.gguf")
+    return Model(quantise(file, variant) if variant not in ("", "patched") else file)
