@@ -107,7 +107,7 @@ compatibility: $(INSTALLED)
 # Other runtimes, each in an environment of its own in .venv-runtimes (8 GB): source and converted model in the same one.
 # `make ONLY="mlx llama" runtimes` tries some again, `make MODELS=tiny runtimes` some models. `quantised` asks whether
 # to fold before or after quantising.
-.PHONY: runtimes quantised
+.PHONY: runtimes quantised cards
 MODELS ?=
 CHOSEN = $(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS))
 runtimes: $(INSTALLED)
@@ -115,6 +115,10 @@ runtimes: $(INSTALLED)
 
 quantised: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes.quantised $(CHOSEN)
+
+# Model cards of real models, as a conversion writes them.
+cards: $(INSTALLED)
+	@PYTHONPATH=examples $(BIN)/python benchmarks/cards.py
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
 SEQUENCES ?= 25
