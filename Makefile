@@ -105,11 +105,21 @@ CHECKS ?=
 compatibility: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m compatibility $(if $(ONLY),--only $(ONLY)) $(if $(CHECKS),--checks $(CHECKS))
 
-# Other runtimes, each in an environment of its own in .venv-runtimes (6 GB): source and converted model in the same one.
-# `make ONLY="mlx llama" runtimes` tries some again.
-.PHONY: runtimes
+# Other runtimes, each in an environment of its own in .venv-runtimes (8 GB): source and converted model in the same one.
+# `make ONLY="mlx llama" runtimes` tries some again, `make MODELS=tiny runtimes` some models. `quantised` asks whether
+# to fold before or after quantising.
+.PHONY: runtimes quantised cards
+MODELS ?=
+CHOSEN = $(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS))
 runtimes: $(INSTALLED)
-	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes $(if $(ONLY),--only $(ONLY))
+	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes $(CHOSEN)
+
+quantised: $(INSTALLED)
+	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes.quantised $(CHOSEN)
+
+# Model cards of real models, as a conversion writes them.
+cards: $(INSTALLED)
+	@PYTHONPATH=examples $(BIN)/python benchmarks/cards.py
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, which have to be there before Python is.
 SEQUENCES ?= 25

@@ -1,8 +1,10 @@
 """`make runtimes`: what counts as the same, the table, and a run through a real worker."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -10,9 +12,14 @@ import torch
 
 import flashnorm
 import tiny
-from runtimes.compare import TOKENS, Run, compare, run
-from runtimes.page import BEGIN, END, cell, rows_of, with_rows
-from runtimes.table import KEEP, WAYS, WEIGHTLESS
+from runtimes.__main__ import chosen as chosen_ways
+from runtimes.__main__ import said
+from runtimes.compare import NO_ANSWER, TOKENS, Run, compare, run
+from runtimes.models import MODELS
+from runtimes.page import BEGIN, END, NOT_RUN, PAGE, cell, put_table, rows_of, with_results
+from runtimes.quantised import orders
+from runtimes.table import KEEP, WAYS, WEIGHTLESS, Way
+from runtimes.texts import IDS, SKIPPED, TEXTS, chosen
 
 WAY = next(way for way in WAYS if way.name == "flashnorm.load")
 
@@ -45,16 +52,85 @@ def test_what_is_not_finite_is_no_result() -> None:
         compare(a_run(), nothing)
 
 
-def test_rows_are_replaced_and_others_stay() -> None:
+def test_results_are_replaced_and_others_stay() -> None:
     page = f"# Title\n\n{BEGIN}\n{END}\n\nMore.\n"
-    order = [("a", "x"), ("b", "x")]
-    once = with_rows(page, ["one", "two"], {("b", "x"): ["b", "x", "1.0", "", cell("a | b")]}, order)
-    nothing = ["a", "x", "", "not run", "not run"]
-    assert rows_of(once) == {("a", "x"): nothing, ("b", "x"): ["b", "x", "1.0", "", "a \\| b"]}
-    twice = with_rows(once, ["one", "two"], rows_of(once) | {("a", "x"): ["a", "x", "2.0", "same", ""]}, order)
-    assert [row[:4] for row in rows_of(twice).values()] == [["a", "x", "2.0", "same"], ["b", "x", "1.0", ""]]
+    ways = [Way("a", "", "", "", ("x",), "f(x)", "tokens"), Way("b", "", "", "", ("x", "y"), "g(x)", "gains")]
+    once = with_results(page, ["one", "two"], ways, "two", {("b", "x"): ("1.0", "a | b")})
+    nothing = [NOT_RUN, NOT_RUN]
+    assert {key: list(row.values()) for key, row in rows_of(once).items()} == {
+        ("a", "x"): ["a", "x", "", "f(x)", "tokens", *nothing],
+        ("b", "x"): ["b", "x", "1.0", "g(x)", "gains", NOT_RUN, "a \\| b"],
+        ("b", "y"): ["b", "y", "", "g(x)", "gains", *nothing],
+    }
+    # A column more, one in another place, another order of the rows, and one row less.
+    ways = [replace(ways[1], forms=("x",)), ways[0]]
+    twice = with_results(once, ["two", "three", "one"], ways, "one", {("a", "x"): ("2.0", "same")})
+    assert [list(row.values()) for row in rows_of(twice).values()] == [
+        ["b", "x", "1.0", "g(x)", "gains", "a \\| b", *nothing],
+        ["a", "x", "2.0", "f(x)", "tokens", *nothing, "same"],
+    ]
     assert twice.startswith("# Title\n")
     assert twice.endswith("\n\nMore.\n")
+
+
+def test_a_crash_is_no_refusal() -> None:
+    assert "not run: the source does not run either" in str(said(Run(error="Bad: x"), Run(error="Bad: x")))
+    assert said(a_run(), Run(error="KeyError: x")) == "refused: `KeyError: x`"
+    assert str(said(a_run(), Run(error=f"{NO_ANSWER}: killed"))).startswith("not run: ")
+    assert said(a_run(), a_run()) == compare(a_run(), a_run())
+
+
+def test_a_whole_name_takes_that_way_alone() -> None:
+    names = ["flashnorm.load", "torch.compile, of flashnorm.load", "MLX"]
+    ways = [Way(name, "", "", "", (), "") for name in names]
+    assert [way.name for way in chosen_ways(ways, ["flashnorm.load", "mlx"])] == ["flashnorm.load", "MLX"]
+    assert [way.name for way in chosen_ways(ways, ["load"])] == names[:2]
+    assert chosen_ways(ways, [""]) == ways
+    assert chosen_ways(ways, ["x"]) == [ways[2]]
+
+
+def test_errors_name_no_folder_of_this_machine() -> None:
+    assert (
+        cell("refused: `Bad: /tmp/a-1/b/c.json: a/b | \x1b[96mc\x1b[0m < d`")
+        == "refused: `Bad: c.json: a/b \\| c &lt; d`"
+    )
+
+
+def test_notes_are_told() -> None:
+    told = compare(replace(a_run(), note="three"), replace(a_run(), note="four"))
+    assert cell(told).endswith(", three → four")
+    alike = compare(replace(a_run(), note="three"), replace(a_run(), note="three"))
+    assert cell(alike).endswith(", three")
+
+
+def test_every_cell_of_the_page_has_a_result_or_a_reason() -> None:
+    rows = rows_of(PAGE.read_text())
+    assert list(rows) == [(way.name, form) for way in WAYS for form in way.forms]
+    cells = [row[model.name] for row in rows.values() for model in MODELS]
+    assert [cell for cell in cells if not re.match("same: |refused: |not run: ", cell)] == []
+
+
+def test_both_orders_are_compared_text_by_text() -> None:
+    source = np.geomspace(1e-4, 1e-1, 16)
+    found = orders(source, 1.1 * source, draws=100)
+    assert (found.ratio, found.low, found.high) == pytest.approx((1.1, 1.1, 1.1))
+    assert found.folded == pytest.approx(1.1 * found.source)
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.2, 16))
+    noisy = orders(source, source * noise)
+    assert noisy.low < noisy.ratio < noisy.high
+    # About two standard errors to either side.
+    error = np.log(noise).std(ddof=1) / 4
+    assert np.log(noisy.high / noisy.low) == pytest.approx(4 * error, rel=0.25)
+
+
+def test_texts_of_calibration_are_others() -> None:
+    assert len({*chosen(0), *chosen(1)}) == 2 * TEXTS
+    assert min(len(topics[name]) for name in chosen(0) + chosen(1)) > SKIPPED + 10 * IDS
+
+
+def test_a_page_without_a_mark_is_refused() -> None:
+    with pytest.raises(ValueError, match="<!-- x -->"):
+        put_table("# Title\n", "<!-- x -->", [["a"]])
 
 
 @pytest.mark.slow

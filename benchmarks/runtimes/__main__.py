@@ -2,36 +2,75 @@
 
     python -m runtimes [--only WORD ...] [--models WORD ...]
 
-`--only` and `--models` take ways and models whose names hold one of the words; all other cells stay as they are.
+`--only` and `--models` take ways and models whose names hold one of the words, or are one; all other cells stay.
 Exit status 1 if a runtime that took a folder computed another model.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
 from peers.environments import CannotBeInstalled, made
 
-from .compare import Comparison, Run, compare, run
+from .compare import NO_ANSWER, Comparison, Run, compare, divergences, run
 from .models import MODELS, folders, text_ids
-from .page import FIRST, NOT_RUN, PAGE, cell, rows_of, with_rows
+from .page import PAGE, cell, with_results
 from .table import ENVIRONMENTS, WAYS, Way
 
 ROOT = Path(__file__).parents[2]
+# KL of the source in a runtime to the source in Transformers, in nats a token; above it, it is not the same model.
+ANOTHER_MODEL = 1e-4
 
 
-def results(way: Way, interpreter: Path, of: dict[str, Path]) -> dict[str, tuple[str, Comparison | str]]:
-    """Form -> the runtime's version, and the comparison or what the runtime said instead."""
+def in_transformers(folder: Path) -> np.ndarray:
+    """Log-probabilities of a source, `[tokens, vocabulary]`, by Transformers in this process."""
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model(torch.tensor([text_ids(folder)])).logits[0].double().log_softmax(-1).numpy()
+
+
+def results(way: Way, of: dict[str, Path], expected: np.ndarray) -> dict[str, tuple[str, Comparison | str]]:
+    """Form -> the runtime's version, and the comparison or why there is none."""
+    if way.tokenizer and not (of["source"] / "tokenizer.json").exists():
+        return dict.fromkeys(way.forms, ("", "not run: this model has no tokenizer"))
+    try:
+        interpreter = made(ROOT / ".venv-runtimes" / way.environment, ENVIRONMENTS[way.environment])
+    except CannotBeInstalled as error:
+        return dict.fromkeys(way.forms, ("", f"not run: {error}"))
     runs = run(way, interpreter, {form: of[form] for form in ("source", *way.forms)}, [text_ids(of["source"])])
     source = runs["source"]
-    return {form: (source.version, said(source, runs[form])) for form in way.forms}
+    found = {form: (source.version, said(source, runs[form])) for form in way.forms}
+    if source.log_probabilities is not None and way.plain:
+        kl = float(divergences(expected, source.log_probabilities).mean())
+        print(f"{way.name}: the source's KL to Transformers is {kl:.0e}", flush=True)
+        if kl > ANOTHER_MODEL:
+            reason = (
+                f"not run: of the source already, this runtime computes another model than Transformers, KL {kl:.0e}"
+            )
+            return dict.fromkeys(way.forms, (source.version, reason))
+    return found
 
 
 def said(source: Run, converted: Run) -> Comparison | str:
     """The comparison, or why there is none."""
     if source.error:
-        return f"not even the source: `{source.error[:200]}`"
-    return f"refused: `{converted.error[:200]}`" if converted.error else compare(source, converted)
+        return f"not run: the source does not run either, `{source.error[:200]}`"
+    if converted.error:
+        what = "not run" if converted.error.startswith(NO_ANSWER) else "refused"  # it crashed, or took too long
+        return f"{what}: `{converted.error[:200]}`"
+    return compare(source, converted)
+
+
+def chosen(every: list[Any], words: list[str]) -> list[Any]:
+    """Those whose names hold one of the words; a word that is a whole name takes that one alone."""
+    names = {one.name.lower() for one in every}
+    fits = {word: names & {word.lower()} or {name for name in names if word.lower() in name} for word in words}
+    return [one for one in every if any(one.name.lower() in fits[word] for word in words)]
 
 
 def main() -> None:
@@ -39,27 +78,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""])
     parser.add_argument("--models", nargs="*", default=[""])
     arguments = parser.parse_args()
-    ways = [way for way in WAYS if any(word.lower() in way.name.lower() for word in arguments.only)]
-    models = [model for model in MODELS if any(word.lower() in model.name.lower() for word in arguments.models)]
+    ways, models = chosen(WAYS, arguments.only), chosen(MODELS, arguments.models)
     names, different = [model.name for model in MODELS], False
-    order = [(way.name, form) for way in WAYS for form in way.forms]
     for model in models:
         of = folders(model, ROOT / "build" / "runtimes")
+        expected = in_transformers(of["source"])
         for way in ways:
-            try:
-                interpreter = made(ROOT / ".venv-runtimes" / way.environment, ENVIRONMENTS[way.environment])
-                found = results(way, interpreter, of)
-            except CannotBeInstalled as error:
-                found = dict.fromkeys(way.forms, ("", f"not run: {error}"))
-            page = PAGE.read_text()
-            rows = rows_of(page)
-            for form, (version, result) in found.items():
-                row = rows.setdefault((way.name, form), [way.name, form, "", *[NOT_RUN] * len(names)])
-                row[2] = version or row[2]
-                row[len(FIRST) + names.index(model.name)] = cell(result)
+            found = results(way, of, expected)
+            for form, (_, result) in found.items():
                 different |= isinstance(result, Comparison) and not result.ok
                 print(f"{way.name}, {form}, {model.name}: {cell(result)}", flush=True)
-            PAGE.write_text(with_rows(page, names, rows, order))
+            keyed = {(way.name, form): result for form, result in found.items()}
+            PAGE.write_text(with_results(PAGE.read_text(), names, WAYS, model.name, keyed))
     sys.exit(different)
 
 

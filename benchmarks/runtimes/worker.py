@@ -5,7 +5,7 @@
 * `REQUEST` is a JSON file: the ids of `texts`, how many greedy `tokens` are to follow the first quarter of the first
   text, and `folders`, a list of pairs of a form and a folder.
 * Beside it, each form has a folder with `log_probabilities.npy`, `[all ids, vocabulary]` in float32, and `answer.json`:
-  the version, the greedy tokens, and the number of products with a gain, if the runtime has a graph.
+  the version, the greedy tokens, the number of products with a gain, if the runtime has a graph, and a note.
 * If anything fails, `answer.json` holds the error alone: a runtime that refuses a folder is a result. If it refuses the
   source, the others are not tried.
 """
@@ -29,10 +29,12 @@ class Model(Protocol):
     Attributes:
         version: name and version of the runtime.
         gains: products with a gain in the graph; None if there is no graph to count in.
+        note: what else is to be said of this folder in this runtime.
     """
 
     version: str
     gains: int | None
+    note: str
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """After each token of a text, `[ids, vocabulary]`."""
@@ -62,7 +64,12 @@ def answer(
     found = [log_softmax(np.asarray(model.logits(ids))) for ids in texts]
     np.save(scratch / "log_probabilities.npy", np.concatenate(found))
     generated = model.generate(texts[0][: len(texts[0]) // 4], tokens) if tokens else []
-    return {"version": model.version, "gains": model.gains, "tokens": [int(token) for token in generated]}
+    return {
+        "version": model.version,
+        "gains": model.gains,
+        "note": model.note,
+        "tokens": [int(token) for token in generated],
+    }
 
 
 def main() -> None:

@@ -39,7 +39,9 @@ class TestCard:
             return updated_card(None, **about, generates=generates, keep_norms=keep_norms)
 
         weightless, kept, encoder = text(), text(keep_norms=True), text(generates=False)
-        assert "vllm serve" in weightless
+        for both in ("pipeline(", "vllm serve", "optimum-cli export openvino", "optimize=False"):
+            assert both in weightless
+            assert both in kept
         assert "convert_hf_to_gguf.py" not in weightless
         assert "Runtimes that insist" in weightless
         assert "convert_hf_to_gguf.py" in kept

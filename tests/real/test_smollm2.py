@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flashnorm
+from cards import MODELS, PAGE, cards_of
 from flashnorm.verify.outputs import verify_outputs
 from flashnorm.verify.text import DEFAULT_TEXT
 
@@ -76,6 +77,12 @@ def test_converted_files(smollm2: Path, converted: Path) -> None:
     before = (smollm2 / "model.safetensors").stat().st_size
     # 60 norms of 576 bf16 numbers, and their entries in the header.
     assert before - (converted / "model.safetensors").stat().st_size > 60 * 576 * 2
+
+
+def test_the_card_is_the_one_in_the_documents(converted: Path) -> None:
+    title, *_ = MODELS[0]
+    section, _, _ = cards_of(PAGE.read_text())[title].partition("\n## Verified\n")
+    assert (converted / "README.md").read_text() == section
 
 
 def test_verify(smollm2: Path, converted: Path, capsys: pytest.CaptureFixture) -> None:

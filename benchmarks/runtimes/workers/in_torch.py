@@ -1,4 +1,4 @@
-"""Ways to run a Transformers model as a graph: torch.export, torch.compile, and ONNX Runtime on what is exported."""
+"""Ways to run a Transformers model as a graph: torch.compile, and what runs the graph of torch.export."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-TOKENS = torch.export.Dim("tokens", min=2, max=1024)
+TOKENS = torch.export.Dim("tokens", min=2, max=256)
 # What stands between a gain and its product: a conversion, the offset of 1 + w, a change of shape.
 BETWEEN = ("_to_copy", "to", "add", "view", "unsqueeze", "expand", "clone", "type_as")
 
@@ -27,6 +27,8 @@ class Logits(nn.Module):
 
 class Model:
     """A function of ids, `[1, tokens]` -> logits; greedy tokens by calling it again with one token more."""
+
+    note = ""
 
     def __init__(self, function: Any, name: str, gains: int | None):
         self.function, self.gains = function, gains
@@ -100,31 +102,59 @@ def onnx_gains(graph: Any, buffers: set[str]) -> int:
     return len(products) + len(scaled)
 
 
-def onnx_session(program: Logits, example: Tensor, scratch: Path) -> tuple[Any, int]:
-    """A session of ONNX Runtime, and the products with a gain in the exported graph."""
+def in_onnx_runtime(model: Logits, example: Tensor, scratch: Path) -> Model:
+    """A session of ONNX Runtime."""
     import onnx
     import onnxruntime
 
     file = scratch / "model.onnx"
-    torch.onnx.export(program, (example,), file, dynamo=True, dynamic_shapes=({1: TOKENS},), external_data=True)
-    found = onnx_gains(onnx.load(file).graph, {name for name, _ in program.named_buffers()})
+    torch.onnx.export(model, (example,), file, dynamo=True, dynamic_shapes=({1: TOKENS},), external_data=True)
+    found = onnx_gains(onnx.load(file).graph, {name for name, _ in model.named_buffers()})
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return session, found
+    name = f"onnxruntime {version('onnxruntime')}, torch {version('torch')}"
+    return Model(lambda ids: session.run(None, {"input_ids": ids.numpy()})[0], name, found)
+
+
+def in_openvino(program: torch.export.ExportedProgram) -> Model:
+    """A graph that OpenVINO compiles, in float32."""
+    import openvino
+    from workers.openvino import gains as openvino_gains
+
+    graph = openvino.convert_model(program)
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(graph, "CPU", hints)
+    name = f"openvino {version('openvino')}, torch {version('torch')}"
+    return Model(lambda ids: compiled([ids.numpy()])[0], name, openvino_gains(graph))
+
+
+def in_executorch(program: torch.export.ExportedProgram, scratch: Path) -> Model:
+    """A program for ExecuTorch's runtime, lowered to XNNPACK where that has the operators."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    file = scratch / "model.pte"
+    with file.open("wb") as output:
+        lowered.write_to_file(output)
+    method = Runtime.get().load_program(file).load_method("forward")
+    name = f"executorch {version('executorch')}, torch {version('torch')}"
+    return Model(lambda ids: method.execute([ids])[0], name, gains(program))
 
 
 def load(variant: str, folder: Path, form: str, scratch: Path) -> Model:
-    """`variant` is "torch.export", "torch.compile" or "ONNX Runtime"."""
+    """`variant` is "torch.compile", or what runs the graph of "torch.export"."""
     torch.set_grad_enabled(False)
-    model = Logits(model_of(folder, form))
-    example = torch.arange(8)[None]
-    torch_version = f"torch {version('torch')}"
-    if variant == "torch.export":
-        program = torch.export.export(model, (example,), dynamic_shapes=({1: TOKENS},), strict=False)
-        return Model(program.module(), torch_version, gains(program))
+    model, example = Logits(model_of(folder, form)), torch.arange(8)[None]
+    if variant == "ONNX Runtime":
+        return in_onnx_runtime(model, example, scratch)
     if variant == "torch.compile":
-        return Model(torch.compile(model, dynamic=True, fullgraph=True), torch_version, None)
-    session, found = onnx_session(model, example, scratch)
-    name = f"onnxruntime {version('onnxruntime')}, {torch_version}"
-    return Model(lambda ids: session.run(None, {"input_ids": ids.numpy()})[0], name, found)
+        return Model(torch.compile(model, dynamic=True, fullgraph=True), f"torch {version('torch')}", None)
+    program = torch.export.export(model, (example,), dynamic_shapes=({1: TOKENS},), strict=False)
+    if variant == "OpenVINO":
+        return in_openvino(program)
+    if variant == "ExecuTorch":
+        return in_executorch(program, scratch)
+    return Model(program.module(), f"torch {version('torch')}", gains(program))

@@ -6,7 +6,9 @@ token ids go in.
 """
 
 import ctypes
+import importlib.util
 import logging
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,17 +16,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import llama_cpp as lib
 import numpy as np
 
 CONTEXT = 1024  # tokens that the cache holds
 SOURCES = Path(sys.prefix) / "llama.cpp"
+NEEDED = ("conversion/", "gguf-py/", "convert_hf_to_gguf", "src/", "include/", "ggml/include/")
+# The lines of a model's file that require the norms before attention, MLP and head, and what makes them optional:
+# llama.cpp already builds a norm without a product where there is no weight.
+MODELS = ("llama", "qwen3", "qwen3moe", "gemma3")
+REQUIRED = re.compile(r"(LLM_TENSOR_(?:ATTN|FFN|OUTPUT)_NORM, +\"weight\"(?:, i)?\), \{n_embd\}), 0\)")
+OPTIONAL = r"\1, TENSOR_NOT_REQUIRED)"
+
+lib: Any = None  # llama_cpp: `load` imports it, after the patch if there is to be one
 
 
 class Model:
     """A model and its context. The cache is in float32."""
 
-    gains = None
+    gains, note = None, ""
 
     def __init__(self, file: Path):
         self.version = f"llama-cpp-python {version('llama-cpp-python')}"
@@ -85,8 +94,7 @@ def _messages() -> list[str]:
 
 def convert(folder: Path, target: Path) -> Path:
     """A Hugging Face folder -> a GGUF file in float32: `convert_hf_to_gguf.py --outtype f32`, without the tokenizer."""
-    if not SOURCES.exists():
-        _unpack()
+    _unpack()
     sys.path[:0] = [str(SOURCES / "gguf-py"), str(SOURCES)]
     import torch
     from gguf import LlamaFileType
@@ -108,7 +116,9 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def _unpack() -> None:
-    """The converter out of the source package of the installed version."""
+    """The converter and the headers, out of the source package of the installed version, once."""
+    if SOURCES.exists():
+        return
     package = f"llama-cpp-python=={version('llama-cpp-python')}"
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python"]
     subprocess.run([*download, "-d", sys.prefix, package], check=True, stdout=sys.stderr)
@@ -117,13 +127,50 @@ def _unpack() -> None:
     with tarfile.open(archive) as sources:
         for member in sources:
             _, _, inner = member.name.partition("/vendor/llama.cpp/")
-            if inner.startswith(("conversion/", "gguf-py/", "convert_hf_to_gguf")):
+            if inner.startswith(NEEDED):
                 member.name = inner
                 sources.extract(member, partial, filter="data")
     archive.unlink()
     partial.rename(SOURCES)
 
 
+def quantise(file: Path, kind: str) -> Path:
+    """A GGUF file in float32 -> one of a kind, as `llama-quantize` makes it."""
+    target = file.with_name(f"{kind}.gguf")
+    parameters = lib.llama_model_quantize_default_params()
+    parameters.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if status := lib.llama_model_quantize(str(file).encode(), str(target).encode(), ctypes.byref(parameters)):
+        raise RuntimeError(f"llama_model_quantize returned {status}")
+    return target
+
+
+def patch() -> None:
+    """Load llama.cpp with `MODELS` compiled anew, their norms before attention and MLP being optional.
+
+    The library of these files is loaded first and for all, so that its functions take the place of llama.cpp's own.
+    """
+    _unpack()
+    patched = SOURCES / "weightless.so"
+    if not patched.exists():
+        files = [SOURCES / "src" / "models" / f"{model}.cpp" for model in MODELS]
+        for file in files:
+            text, changes = REQUIRED.subn(OPTIONAL, file.read_text())
+            assert changes == 3, (file, changes)
+            file.with_suffix(".weightless.cpp").write_text(text)
+        folder = Path(str(importlib.util.find_spec("llama_cpp").origin)).parent / "lib"  # type: ignore[union-attr]
+        include = [f"-I{SOURCES / name}" for name in ("src", "src/models", "include", "ggml/include")]
+        link = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lllama", "-lggml-base"]
+        sources = [file.with_suffix(".weightless.cpp") for file in files]
+        command = ["c++", "-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-shared", *include, *sources, *link]
+        subprocess.run([*command, "-o", patched], check=True)
+    ctypes.CDLL(str(patched), ctypes.RTLD_GLOBAL)
+
+
 def load(variant: str, folder: Path, form: str, scratch: Path) -> Model:
-    """Converted, then loaded."""
-    return Model(convert(folder, scratch / "model.gguf"))
+    """Converted and loaded; `variant` may be "patched", or a kind to which the file is quantised before."""
+    global lib
+    if variant == "patched":
+        patch()
+    lib = importlib.import_module("llama_cpp")
+    file = convert(folder, scratch / "model.gguf")
+    return Model(quantise(file, variant) if variant not in ("", "patched") else file)

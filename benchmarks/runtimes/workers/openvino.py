@@ -13,6 +13,8 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 class Model:
     """A pipeline, and the same files as a model for the logits of all tokens."""
 
+    note = ""
+
     def __init__(self, folder: Path):
         import openvino
         import openvino_genai
@@ -66,23 +68,14 @@ def is_gain(source: Any) -> bool:
 
 
 def load(variant: str, folder: Path, form: str, scratch: Path) -> Model:
-    """Exported, by the command's function for a folder, or from the model that `flashnorm.load` gives."""
+    """Exported from the folder, by the function of `optimum-cli export openvino`."""
     import torch
 
-    target = scratch / "openvino"
-    if variant == "flashnorm.load" and form != "source":
-        from optimum.exporters.openvino import export_from_model
-
-        import flashnorm
-
-        model = flashnorm.load(folder, dtype=torch.float32, optimize=False)
-        export_from_model(model, target, task="text-generation-with-past")
-    else:
-        importlib.import_module("optimum.exporters.openvino").main_export(
-            folder,
-            target,
-            task="text-generation-with-past",
-            convert_tokenizer=False,
-            model_loading_kwargs={"torch_dtype": torch.float32},
-        )
-    return Model(target)
+    importlib.import_module("optimum.exporters.openvino").main_export(
+        folder,
+        scratch / "openvino",
+        task="text-generation-with-past",
+        convert_tokenizer=False,
+        model_loading_kwargs={"torch_dtype": torch.float32},
+    )
+    return Model(scratch / "openvino")

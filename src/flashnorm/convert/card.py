@@ -19,10 +19,16 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)"
 
 _FOLDER = "path/to/this/model"
 
-# What runs a language model out of either form of the folder, and what needs a tensor for each norm.
+# What runs a language model out of either form of the folder, and what needs a tensor for each norm: docs/runtimes.md.
 _RUNS_BOTH = (
     ("flashnorm", f'flashnorm generate {_FOLDER} "The moon is"'),
+    ("Transformers", f'pipeline("text-generation", model="{_FOLDER}")'),
     ("vLLM, with flashnorm installed beside it", f"vllm serve {_FOLDER}"),
+    ("OpenVINO", f"optimum-cli export openvino --model {_FOLDER} --task text-generation-with-past exported"),
+    (
+        "torch.export, ONNX Runtime, ExecuTorch",
+        f'torch.export.export(flashnorm.load("{_FOLDER}", optimize=False), ...)',
+    ),
 )
 _RUNS_WITH_NORMS = (
     ("llama.cpp", f"python convert_hf_to_gguf.py {_FOLDER} --outfile model.gguf"),
@@ -30,8 +36,9 @@ _RUNS_WITH_NORMS = (
 )
 
 _ABSENT = """\
-- Plain Transformers warns that the weights of the folded norms are missing, and computes the same. Runtimes that insist
-  on these tensors (llama.cpp, MLX) need what `flashnorm convert --keep-norms` writes.
+- Plain Transformers warns that the weights of the folded norms are missing, and computes the same. It cannot leave this
+  model on the disk (`device_map`); `flashnorm.load` can. Runtimes that insist on these tensors (llama.cpp, MLX) need
+  what `flashnorm convert --keep-norms` writes.
 """
 
 _CENTRED = """\
