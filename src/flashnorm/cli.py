@@ -374,6 +374,7 @@ def verify(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as an HTML page.")
     ] = None,
+    workers: Workers = None,
     adapters: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -392,8 +393,8 @@ def verify(
     A converted folder alone is checked against its manifest and its model's code.
     """
     if adapters is not None:
-        if out is None or html is not None:
-            raise InputError("expected MODEL and OUT with --adapter, and no --html, found other arguments")
+        if out is None or html is not None or workers is not None:
+            raise InputError("expected MODEL and OUT with --adapter, no --html or --workers, found other arguments")
         _verify_adapter(
             model, out, *adapters, weights_only, text, as_json, json_progress, revision, subfolder, trust_remote_code
         )
@@ -415,6 +416,7 @@ def verify(
             progress=shown.bytes,
             stage=shown.stage,
             trust_remote_code=trust_remote_code,
+            workers=workers,
         )
     if html is not None:
         write_page(report, html)

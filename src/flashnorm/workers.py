@@ -34,7 +34,12 @@ _LOOK_SECONDS = 0.5
 # What a process of `processes` may need besides the memory of the imports, which they share, in bytes.
 _PROCESS_BYTES = 600_000_000
 
-_AGAIN = "run the same command again: it continues with what is finished"
+# A process keeps about two cores busy: when it converts, one hashes the source and folds, one hashes the output; when
+# it verifies, one hashes both, one compares.
+_CORES_OF_A_PROCESS = 2
+
+# Another process pays off if it has so much to read: it takes seconds to start.
+_BYTES_WORTH_A_PROCESS = 4_000_000_000
 
 
 class Crew(Protocol[Asked, Given]):
@@ -68,14 +73,21 @@ class Elsewhere(Generic[Task, Result]):
     """Does tasks by an executor. A context manager: at the end, nothing more is begun."""
 
     def __init__(
-        self, executor: Executor, function: Callable[[Task], Result], waiting: Callable[[], object] = lambda: None
+        self,
+        executor: Executor,
+        function: Callable[[Task], Result],
+        *,
+        again: str,
+        waiting: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Args:
             executor: what runs the tasks.
             function: does a task; a function of a module.
+            again: what to do when the executor fails, for the message.
             waiting: called about twice a second while `next` waits.
         """
+        self._again = again
         self._executor = executor
         self._function = function
         self._waiting = waiting
@@ -91,7 +103,7 @@ class Elsewhere(Generic[Task, Result]):
         try:
             future = self._executor.submit(perform, __version__, pickle.dumps((self._function, task)))
         except Exception as error:
-            raise _of_executor(name, error) from error
+            raise self._of_executor(name, error) from error
         self._asked[name] = task, future
 
     def next(self) -> tuple[str, Result]:
@@ -110,7 +122,7 @@ class Elsewhere(Generic[Task, Result]):
         try:
             value, error, trace = pickle.loads(future.result())
         except Exception as failure:
-            raise _of_executor(name, failure) from failure
+            raise self._of_executor(name, failure) from failure
         if error is not None:
             raise error from RuntimeError(trace)
         return name, value
@@ -121,6 +133,16 @@ class Elsewhere(Generic[Task, Result]):
     def __exit__(self, *_: object) -> None:
         for _task, future in self._asked.values():
             future.cancel()
+
+    def _of_executor(self, name: str, error: Exception) -> InputError:
+        found = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, BrokenExecutor):
+            why = "a worker died, as when it is killed or the memory is full"
+        else:
+            why = f"the executor failed; does each worker have flashnorm {__version__}?"
+        return InputError(
+            f"{name}: expected a worker to finish it, found that {why} ({brief(RuntimeError(found))}); {self._again}"
+        )
 
 
 def perform(version: str, call: bytes) -> bytes:
@@ -146,15 +168,30 @@ def perform(version: str, call: bytes) -> bytes:
         return pickle.dumps((None, error, f"on {place}:\n{traceback.format_exc()}"))
 
 
-def _of_executor(name: str, error: Exception) -> InputError:
-    found = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, BrokenExecutor):
-        why = "a worker died, as when it is killed or the memory is full"
-    else:
-        why = f"the executor failed; does each worker have flashnorm {__version__}?"
-    return InputError(
-        f"{name}: expected a worker to finish it, found that {why} ({brief(RuntimeError(found))}); {_AGAIN}"
-    )
+@contextlib.contextmanager
+def team(
+    executor: Executor | None, workers: int | None, parts: int, nbytes: int, module: str
+) -> Iterator[Executor | None]:
+    """The executor to use for work in parts; None if this process is to do it alone.
+
+    Args:
+        executor: the one that was given.
+        workers: how many processes were asked for instead; None for what the machine allows and the work is worth.
+        parts: how many tasks there are.
+        nbytes: how many bytes they read.
+        module: what their tasks import.
+    """
+    if executor is not None or workers == 1:
+        yield executor
+        return
+    if workers is None:
+        workers = min(affordable(_CORES_OF_A_PROCESS), nbytes // _BYTES_WORTH_A_PROCESS)
+    count = min(workers, parts)
+    if count < 2:
+        yield None
+        return
+    with processes(count, module) as own:
+        yield own
 
 
 @contextlib.contextmanager

@@ -1,12 +1,10 @@
 """Shards that workers write: the bytes are those of one process, whatever becomes of the workers."""
 
 import os
-import random
 import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,6 +16,7 @@ import torch
 
 import flashnorm
 import tiny
+from any_order import AnyOrder
 from conversion import run
 from flashnorm import workers
 from flashnorm.convert import part
@@ -27,41 +26,6 @@ from flashnorm.errors import InputError
 from flashnorm.files.staging import Staging, staging_folder
 from flashnorm.workers import processes
 from handmade import Handmade, content, make
-
-
-class AnyOrder(Executor):
-    """Runs tasks one at a time, in a random order."""
-
-    def __init__(self, seed: int) -> None:
-        self._chance = random.Random(seed)
-        self._waiting: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
-        self._change = threading.Condition()
-        self._open = True
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        with self._change:
-            self._waiting.append((future, fn, args))
-            self._change.notify()
-        return future
-
-    def _run(self) -> None:
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._waiting or not self._open)
-                if not self._open:
-                    return
-                future, fn, args = self._waiting.pop(self._chance.randrange(len(self._waiting)))
-            if future.set_running_or_notify_cancel():
-                future.set_result(fn(*args))
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        with self._change:
-            self._open = False
-            self._change.notify()
-        self._thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +161,7 @@ with processes(2) as pool:
             task = part_of(checkpoint, source.names, next(iter(checkpoint.headers)), False, staging)
             path = checkpoint.folder / task.shard
             path.write_bytes(path.read_bytes())
-            with workers.Elsewhere(pool, write_part_elsewhere) as crew:
+            with workers.Elsewhere(pool, write_part_elsewhere, again="again") as crew:
                 crew.ask(task.shard, task)
                 with pytest.raises(InputError, match=r"found another one; source and target.*found on .*, process \d+"):
                     crew.next()

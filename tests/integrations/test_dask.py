@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from clusters import SHARDS, disturbed, large, same  # noqa: E402
 from conversion import run  # noqa: E402
 from flashnorm import workers  # noqa: E402
 from flashnorm.errors import InputError  # noqa: E402
+from flashnorm.files.reader import Checkpoint  # noqa: E402
+from flashnorm.verify import verify_weights  # noqa: E402
 from handmade import Handmade, content, make  # noqa: E402
 
 ROUNDS = int(os.environ.get("ROUNDS", "4"))
@@ -55,6 +58,14 @@ def test_the_bytes_are_those_of_one_process(
     result = run(source, tmp_path / "out", executor=client.get_executor())
     assert result.shards == SHARDS
     assert same(tmp_path / "out", one)
+
+
+def test_the_report_is_that_of_one_process(client: "distributed.Client", source: Handmade, one: Path) -> None:
+    checkpoint = Checkpoint.open(one)
+    mine = verify_weights(source.planned(), checkpoint)
+    assert mine.ok
+    theirs = verify_weights(source.planned(), checkpoint, executor=client.get_executor())
+    assert theirs == replace(mine, seconds=theirs.seconds)
 
 
 def test_another_version(

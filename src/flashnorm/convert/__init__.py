@@ -13,9 +13,8 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,18 +29,12 @@ from flashnorm.format import FileRecord
 from flashnorm.hub import check_login, hub_identity, local_folder
 from flashnorm.plan import FoldPlan
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
-from flashnorm.workers import affordable, processes
+from flashnorm.workers import team
 
 if TYPE_CHECKING:
     from flashnorm.verify.report import VerifyReport
 
 __all__ = ["ConvertResult", "ProgressCallback", "convert", "convert_checkpoint"]
-
-# A process keeps about two cores busy: one hashes the source and folds, one hashes the output.
-_CORES_OF_A_WORKER = 2
-
-# Another process pays off if it writes so much: it takes seconds to start.
-_BYTES_WORTH_A_WORKER = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,8 @@ def convert(
         private: whether that repository is made private, if it does not exist; None for the owner's default.
         trust_remote_code: whether code in the checkpoint's folder may run.
         executor: any executor of `concurrent.futures`, such as that of dask.distributed, whose workers then write a
-            shard each. They need this version of flashnorm, and source and target by the same paths.
+            shard each, and verify one each. They need this version of flashnorm, and source and target by the same
+            paths.
         workers: how many processes of this machine to start instead (then guard a script's main part with
             `if __name__ == "__main__":`); 1 for this process alone, None for what the machine allows and the model's
             size is worth.
@@ -159,14 +153,20 @@ def convert(
 
         stage("comparing weights")
         compared = compare(
-            checkpoint.folder, staged, progress=progress, stage=stage, trust_remote_code=trust_remote_code
+            checkpoint.folder,
+            staged,
+            executor=executor,
+            progress=progress,
+            stage=stage,
+            trust_remote_code=trust_remote_code,
         )
         report = replace(compared, source=str(source), converted=str(target))
         if not report.ok:
             raise DifferenceError(report.verdict, report)
         return card_summary(report)
 
-    with _workers(checkpoint, executor, workers) as executor:
+    size, parts = checkpoint.total_size, len(checkpoint.headers)
+    with team(executor, workers, parts, size, "flashnorm.convert.part") as executor:
         planned = plan_checkpoint(
             checkpoint, untie=untie, keep=keep, center=center, cancel=form, trust_remote_code=trust_remote_code
         )
@@ -187,23 +187,6 @@ def convert(
 
     stage("uploading")
     return replace(result, pushed=push(target, push_to_hub, private=private))
-
-
-@contextmanager
-def _workers(checkpoint: Checkpoint, executor: Executor | None, workers: int | None) -> Iterator[Executor | None]:
-    """The executor to use; None if this process is to write the shards."""
-    if executor is not None or workers == 1:
-        yield executor
-        return
-    if workers is None:
-        worth = checkpoint.total_size // _BYTES_WORTH_A_WORKER
-        workers = min(affordable(_CORES_OF_A_WORKER), worth)
-    count = min(workers, len(checkpoint.headers))
-    if count < 2:
-        yield None
-        return
-    with processes(count, "flashnorm.convert.part") as own:
-        yield own
 
 
 def convert_checkpoint(

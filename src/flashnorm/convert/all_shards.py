@@ -73,5 +73,8 @@ def _crew(staging: Staging, report: Callable[[int], object], executor: Executor 
     if executor is None:
         yield Here(write_here)
     else:
-        with Elsewhere(executor, write_part_elsewhere, lambda: report(staging.attempted_bytes())) as crew:
+        again = "run the same command again: it continues with what is finished"
+        with Elsewhere(
+            executor, write_part_elsewhere, again=again, waiting=lambda: report(staging.attempted_bytes())
+        ) as crew:
             yield crew

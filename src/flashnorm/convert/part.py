@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from flashnorm.convert.biases import new_bias
 from flashnorm.convert.shards import output_header, shard_pieces, write_shard
 from flashnorm.convert.sums import sums_over
 from flashnorm.errors import InputError
-from flashnorm.files.reader import Checkpoint, FileState
+from flashnorm.files.reader import Checkpoint
 from flashnorm.files.records import file_record
+from flashnorm.files.shared import REMEDY, check_shared
 from flashnorm.files.staging import ShardRecord, Staging
 from flashnorm.plan import Kept
 from flashnorm.planning.overflow import Overflows
@@ -70,7 +70,7 @@ class Done:
 def part_of(checkpoint: Checkpoint, tensors: TensorPlan, shard: str, keep_norms: bool, staging: Staging) -> Part:
     """The task of writing one shard of a checkpoint, by a plan in the names of its tensors."""
     names = tensors.about(checkpoint.headers[shard].tensors)
-    source = checkpoint.part(shard, names.read)
+    source = checkpoint.part([shard], names.read)
     return Part(source, names, shard, keep_norms, staging.attempts, staging.model, staging.earlier(shard))
 
 
@@ -114,7 +114,9 @@ def write_part_elsewhere(part: Part) -> Done:
         InputError: as `write_part`; or the files of the conversion are not on this host, or it has ended meanwhile.
         OSError: the output cannot be written.
     """
-    _check_shared(part)
+    if not part.attempts.is_dir():
+        raise InputError(f"{part.attempts}: expected the folder in which the conversion grows, found none; {REMEDY}")
+    check_shared(part.checkpoint)
     looked = time.monotonic()
 
     def advance(attempt: Path, nbytes: int) -> None:
@@ -125,18 +127,3 @@ def write_part_elsewhere(part: Part) -> Done:
                 raise InputError(f"{attempt}: nobody waits for this file any more")
 
     return write_part(part, advance)
-
-
-def _check_shared(part: Part) -> None:
-    """Refuse a host that does not see the conversion's files, or sees other ones by their names."""
-    remedy = "source and target must be on file systems that all workers have, by the same paths"
-    if not part.attempts.is_dir():
-        raise InputError(f"{part.attempts}: expected the folder in which the conversion grows, found none; {remedy}")
-    for name, state in part.checkpoint.states.items():
-        path = part.checkpoint.folder / name
-        if not os.path.exists(path):
-            raise InputError(f"{path}: expected the source, found nothing; {remedy}")
-        found = FileState.of(path)
-        # The inode and the time of a change of status are not the same on every host of some network file systems.
-        if (found.size, found.mtime_ns) != (state.size, state.mtime_ns):
-            raise InputError(f"{path}: expected the file that the conversion began with, found another one; {remedy}")

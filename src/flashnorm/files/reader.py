@@ -162,16 +162,17 @@ class Checkpoint:
                 starts = range(begin + first * size, end, inner * size)
                 yield _as_tensor(self._read(info.file, starts, count * size), dtype, (inputs, count)).T
 
-    def part(self, shard: str, more: Collection[str]) -> "Checkpoint":
-        """One safetensors file of the checkpoint, and more tensors from any; small, and to be found from any folder."""
-        names = {*self.headers[shard].tensors, *more} & self.tensors.keys()
-        tensors = {name: self.tensors[name] for name in sorted(names)}
-        files = sorted({shard, *(info.file for info in tensors.values())})
+    def part(self, shards: Collection[str], more: Collection[str]) -> "Checkpoint":
+        """Some files of the checkpoint, and more tensors from any; small, and to be found from any folder."""
+        headers = {name: header for name, header in self.headers.items() if name in shards}
+        names = {name for header in headers.values() for name in header.tensors} | {*more}
+        tensors = {name: self.tensors[name] for name in sorted(names & self.tensors.keys())}
+        files = sorted({*headers, *(info.file for info in tensors.values())})
         return replace(
             self,
             folder=Path(os.path.abspath(self.folder)),
             config={},
-            headers={shard: self.headers[shard]},
+            headers=headers,
             tensors=tensors,
             index=None,
             states={file: self.states[file] for file in files},

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import overload
 
@@ -22,6 +23,7 @@ from flashnorm.verify.report import VerifyReport
 from flashnorm.verify.returned import ReturnedReport
 from flashnorm.verify.text import read_text
 from flashnorm.verify.weights import WeightsReport, verify_weights
+from flashnorm.workers import team
 
 __all__ = [
     "IntegrityReport",
@@ -48,6 +50,8 @@ def verify(
     progress: Callable[[int, int], object] | None = ...,
     stage: Callable[[str], object] | None = ...,
     trust_remote_code: bool = ...,
+    executor: Executor | None = ...,
+    workers: int | None = ...,
 ) -> VerifyReport: ...
 
 
@@ -63,6 +67,8 @@ def verify(
     progress: Callable[[int, int], object] | None = ...,
     stage: Callable[[str], object] | None = ...,
     trust_remote_code: bool = ...,
+    executor: Executor | None = ...,
+    workers: int | None = ...,
 ) -> VerifyReport | IntegrityReport: ...
 
 
@@ -77,6 +83,8 @@ def verify(
     progress: Callable[[int, int], object] | None = None,
     stage: Callable[[str], object] | None = None,
     trust_remote_code: bool = False,
+    executor: Executor | None = None,
+    workers: int | None = 1,
 ) -> VerifyReport | IntegrityReport:
     """Compare a converted checkpoint with its source, or check what can be checked without the source.
 
@@ -91,16 +99,24 @@ def verify(
             each run of a model.
         stage: called before each run of a model with a few words that say what is run.
         trust_remote_code: run code that the checkpoints carry.
+        executor: any executor of `concurrent.futures`, whose workers then compare the weights of a file each; see
+            `flashnorm.convert`. The models run in this process.
+        workers: how many processes of this machine to start instead; 1 for this process alone, None for what the
+            machine allows and the weights are worth.
 
     Raises:
-        InputError: a checkpoint cannot be read, the source's model cannot be planned, the text file cannot be read, or
-            `out` is None without `weights_only`.
+        InputError: a checkpoint cannot be read, the source's model cannot be planned, the text file cannot be read, a
+            worker failed, or `out` is None without `weights_only`.
     """
     if out is None:
         if not weights_only:
             raise InputError(
                 f"{model}: expected a source and its conversion, found one folder; give both, or check the converted "
                 "one alone, as far as that goes, with --weights-only (weights_only=True)"
+            )
+        if executor is not None or workers not in (1, None):
+            raise InputError(
+                f"{model}: expected one process for a folder without its source, found workers; leave them out"
             )
         return verify_integrity(
             model, revision=revision, subfolder=subfolder, progress=progress, trust_remote_code=trust_remote_code
@@ -112,17 +128,6 @@ def verify(
     # weights are centred is read from the result, and checked against it.
     untie = _untied(result) and not _untied(original)
     keep = patterns_to_keep(result.folder)
-    planned = plan_checkpoint(
-        original,
-        untie=untie,
-        keep=keep,
-        center=was_centred(result),
-        cancel=was_cancelled(result),
-        trust_remote_code=trust_remote_code,
-    )
-    planned = without_too_large(planned, result)
-    check_shapes(original, planned.tensors)
-    check_dtypes(original, planned.tensors)
     total = sum(info.nbytes for info in result.tensors.values())
     done = 0
 
@@ -132,7 +137,21 @@ def verify(
         if progress is not None:
             progress(done, total)
 
-    weights = verify_weights(planned, result, advance=advance)
+    parts = len(original.headers.keys() | result.headers.keys())
+    size = original.total_size + result.total_size
+    with team(executor, workers, parts, size, "flashnorm.verify.part") as executor:
+        planned = plan_checkpoint(
+            original,
+            untie=untie,
+            keep=keep,
+            center=was_centred(result),
+            cancel=was_cancelled(result),
+            trust_remote_code=trust_remote_code,
+        )
+        planned = without_too_large(planned, result)
+        check_shapes(original, planned.tensors)
+        check_dtypes(original, planned.tensors)
+        weights = verify_weights(planned, result, advance=advance, executor=executor)
     outputs = None
     if not weights_only:
         try:

@@ -138,7 +138,7 @@ def _check_manifest(
         if hashed != listed.sha256:
             problem = f"was made from another {name} than the source's"
             findings.add(Finding("manifest", MANIFEST_FILE, problem, stored=listed.sha256, expected=hashed))
-    for name in source_hashes.keys() - manifest.source_files.keys():
+    for name in sorted(source_hashes.keys() - manifest.source_files.keys()):
         findings.add(Finding("manifest", MANIFEST_FILE, f"does not list the source's {name}"))
     check_plan(manifest, planned.plan, findings)
     check_options(manifest, result, planned, tensors, tensors.unties, findings)

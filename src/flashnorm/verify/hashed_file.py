@@ -16,8 +16,10 @@ class HashedFile:
     It is open from a `read` until it is closed: of a checkpoint with hundreds of files, few may be open at a time.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wanted: bool = True) -> None:
+        """`wanted`: whether the hash is; otherwise the file is only read."""
         self._path = path
+        self._wanted = wanted
         self._reader: DirectReader | None = None
         self._size = path.stat().st_size
         self._sha256 = hashlib.sha256()
@@ -37,7 +39,7 @@ class HashedFile:
 
     def hash(self, start: int, data: memoryview) -> None:
         """Hash `data`, the file's bytes from offset `start`, after any bytes before it that are not hashed yet."""
-        if start >= self._position:  # otherwise these bytes were read, and hashed, before
+        if self._wanted and start >= self._position:  # otherwise these bytes were read, and hashed, before
             self._catch_up(start)
             self._sha256.update(data)
             self._position += data.nbytes

@@ -6,7 +6,7 @@
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,13 +61,33 @@ def errors(tag: str, source: Array, stored: Array, gains: Array) -> Array:
         return np.ldexp(decode(tag, stored), -unit) - np.ldexp(product, -unit)
 
 
+@dataclass
 class RoundingSample:
-    """Collects rounding errors, a piece of a tensor at a time."""
+    """Collects rounding errors, a piece of a tensor at a time. Samples add up to the same in any order.
 
-    def __init__(self) -> None:
-        self._sampled = self._exact = self._not_finite = 0
-        self._largest = self._sum = self._squares = 0.0
-        self._histogram = np.zeros(BINS, np.int64)
+    Attributes:
+        sampled, exact, not_finite, largest, histogram: as in `Rounding`.
+        sums, squares: the sum of the errors, and of their squares, in each piece.
+    """
+
+    sampled: int = 0
+    exact: int = 0
+    not_finite: int = 0
+    largest: float = 0.0
+    sums: list[float] = field(default_factory=list)
+    squares: list[float] = field(default_factory=list)
+    histogram: list[int] = field(default_factory=lambda: [0] * BINS)
+
+    def __add__(self, other: "RoundingSample") -> "RoundingSample":
+        return RoundingSample(
+            self.sampled + other.sampled,
+            self.exact + other.exact,
+            self.not_finite + other.not_finite,
+            max(self.largest, other.largest),
+            self.sums + other.sums,
+            self.squares + other.squares,
+            [mine + its for mine, its in zip(self.histogram, other.histogram, strict=True)],
+        )
 
     def take(self, tag: str, source: Array, stored: Array, gains: Array, first: int, trailing: int) -> None:
         """Sample a few thousand elements of a piece.
@@ -87,25 +107,26 @@ class RoundingSample:
         found = errors(tag, source[places], stored[places], gains[channels])
         finite = found[np.isfinite(found)]
         rounded = finite[finite != 0]
-        self._sampled += found.size
-        self._not_finite += found.size - finite.size
-        self._exact += finite.size - rounded.size
-        self._largest = max(self._largest, float(np.abs(finite).max(initial=0.0)))
-        self._sum += float(finite.sum())
-        self._squares += float(np.square(finite).sum())
-        self._histogram += np.histogram(np.clip(rounded, -0.5, 0.5), BINS, (-0.5, 0.5))[0]
+        self.sampled += found.size
+        self.not_finite += found.size - finite.size
+        self.exact += finite.size - rounded.size
+        self.largest = max(self.largest, float(np.abs(finite).max(initial=0.0)))
+        self.sums.append(float(finite.sum()))
+        self.squares.append(float(np.square(finite).sum()))
+        counts = np.histogram(np.clip(rounded, -0.5, 0.5), BINS, (-0.5, 0.5))[0].tolist()
+        self.histogram = [before + more for before, more in zip(self.histogram, counts, strict=True)]
 
     def result(self) -> Rounding | None:
         """What was collected; None if no weight was sampled (nothing was folded, or only float64 weights)."""
-        count = self._sampled - self._not_finite
+        count = self.sampled - self.not_finite
         if not count:
             return None
         return Rounding(
-            sampled=self._sampled,
-            exact=self._exact,
-            largest=self._largest,
-            mean=self._sum / count,
-            rms=math.sqrt(self._squares / count),
-            histogram=tuple(self._histogram.tolist()),
-            not_finite=self._not_finite,
+            sampled=self.sampled,
+            exact=self.exact,
+            largest=self.largest,
+            mean=math.fsum(self.sums) / count,  # `fsum` rounds once, so that the order of the pieces does not matter
+            rms=math.sqrt(math.fsum(self.squares) / count),
+            histogram=tuple(self.histogram),
+            not_finite=self.not_finite,
         )

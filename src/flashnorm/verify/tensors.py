@@ -2,11 +2,11 @@
 
 * Three threads read, hash and compare at the same time, one piece each. Only one of them compares, because many short
   NumPy operations in several threads would wait for the interpreter lock.
-* All files are hashed in the same pass, each from its first byte to its last. What the comparison skips (headers,
+* The files are hashed in the same pass, each from its first byte to its last. What the comparison skips (headers,
   removed norms) is read for the hash only.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import reduce
@@ -38,10 +38,10 @@ def compare_tensors(
     advance: Callable[[int], None],
     sample: RoundingSample,
 ) -> tuple[dict[str, str], dict[str, str], Underflow]:
-    """Compare tensors bit for bit, and hash all safetensors files of both checkpoints.
+    """Compare tensors bit for bit, and hash the files in the headers of both checkpoints.
 
     Args:
-        source: the checkpoint with the source tensors and the norms.
+        source: the checkpoint with the source tensors and the norms. Tensors may be in files beside its headers.
         converted: the checkpoint with the tensors to check.
         pairs: what to compare; it is fastest in the order of the converted files' bytes.
         report: called with a `Finding` for each tensor that differs, and for each that became infinite.
@@ -49,8 +49,8 @@ def compare_tensors(
         sample: collects a sample of the rounding errors.
 
     Returns:
-        The SHA-256 of every safetensors file of the source and of the converted checkpoint, by name; and the folded
-        weights that lost bits because they are too small for their dtype.
+        The SHA-256 of the files of the source and of the converted checkpoint, by name; and the folded weights that
+        lost bits because they are too small for their dtype.
 
     Raises:
         InputError: a file cannot be read, or it changed while it was read.
@@ -58,8 +58,15 @@ def compare_tensors(
     scratch = Scratch()
     gains, underflow = _Gains(source), NO_UNDERFLOW
     with ExitStack() as stack:
-        sources = {name: stack.enter_context(HashedFile(source.folder / name)) for name in source.headers}
-        stored = {name: stack.enter_context(HashedFile(converted.folder / name)) for name in converted.headers}
+
+        def opened(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, HashedFile]:
+            return {
+                name: stack.enter_context(HashedFile(checkpoint.folder / name, wanted=name in checkpoint.headers))
+                for name in dict.fromkeys([*checkpoint.headers, *names])
+            }
+
+        sources = opened(source, (pair.source.file for pair in pairs))
+        stored = opened(converted, (pair.stored.file for pair in pairs))
         hasher = stack.enter_context(ThreadPoolExecutor(1, "hash"))
         check = None
         for piece in ahead(_read(pairs, sources, stored), _PIECES):
@@ -74,9 +81,9 @@ def compare_tensors(
             hashing.result()
             advance(piece.stored.nbytes)
         _finish(check, report)
-        rest = [hasher.submit(file.digest) for file in sources.values()]
-        of_stored = {name: file.digest() for name, file in stored.items()}
-        of_source = {name: future.result() for name, future in zip(sources, rest, strict=True)}
+        rest = [hasher.submit(sources[name].digest) for name in source.headers]
+        of_stored = {name: stored[name].digest() for name in converted.headers}
+        of_source = {name: future.result() for name, future in zip(source.headers, rest, strict=True)}
     return of_source, of_stored, underflow
 
 

@@ -8,7 +8,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,14 @@ import numpy as np
 from flashnorm.files.reader import Checkpoint
 from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.planning.tensors import TensorPlan
-from flashnorm.verify.biases import check_biases
 from flashnorm.verify.files import check_files
 from flashnorm.verify.findings import Finding, Findings
 from flashnorm.verify.formats import FORMATS, decode
 from flashnorm.verify.one_tensor import Pair
+from flashnorm.verify.part import Compared, Part, compare_part, compare_part_elsewhere, parts_by_file, total
 from flashnorm.verify.range import NO_UNDERFLOW, Underflow
-from flashnorm.verify.rounding import Rounding, RoundingSample
-from flashnorm.verify.tensors import compare_tensors
+from flashnorm.verify.rounding import Rounding
+from flashnorm.workers import Elsewhere
 
 PROBLEMS_IN_FULL = 100
 
@@ -90,6 +91,7 @@ def verify_weights(
     result: Checkpoint,
     *,
     advance: Callable[[int], None] | None = None,
+    executor: Executor | None = None,
 ) -> WeightsReport:
     """Compare a converted checkpoint with its source, bit for bit.
 
@@ -97,30 +99,24 @@ def verify_weights(
         planned: the source with a fresh plan.
         result: the converted checkpoint.
         advance: called with the number of bytes of the converted tensors done since the last call.
+        executor: what runs the workers that compare a file each; None for this process.
 
     Raises:
-        InputError: one of the two checkpoints cannot be read.
+        InputError: one of the two checkpoints cannot be read, or a worker failed.
     """
     started = time.monotonic()
     original, tensors = planned.checkpoint, planned.tensors
     findings = Findings(PROBLEMS_IN_FULL)
     pairs = _pairs(original, result, tensors, findings)
     norms = check_norms(result, tensors, findings, original)
-    wrong: set[str] = set()
-
-    def report(finding: Finding) -> None:
-        wrong.add(finding.name)
+    compared = _compare(original, result, pairs, tensors, advance or (lambda nbytes: None), executor)
+    for finding in (*compared.tensors, *_in_order_of(tensors, compared.biases)):
         findings.add(finding)
-
-    sample = RoundingSample()
-    of_source, of_result, underflow = compare_tensors(
-        original, result, pairs, report, advance or (lambda nbytes: None), sample
-    )
-    biases = check_biases(original, result, tensors, report)
-    files = check_files(planned, result, of_source, of_result, findings)
+    wrong = {finding.name for finding in (*compared.tensors, *compared.biases)}
+    files = check_files(planned, result, compared.of_source, compared.of_converted, findings)
     return WeightsReport(
         folded=sum(pair.fold is not None and pair.name not in wrong for pair in pairs),
-        biases=biases,
+        biases=compared.right_biases,
         unchanged=sum(not (pair.fold or pair.centre) and pair.name not in wrong for pair in pairs),
         norms=norms,
         files=files,
@@ -128,18 +124,47 @@ def verify_weights(
         seconds=time.monotonic() - started,
         findings=tuple(findings.kept),
         problems=findings.total,
-        rounding=sample.result(),
-        underflow=underflow,
+        rounding=compared.sample.result(),
+        underflow=compared.underflow,
         centred=sum(pair.centre is not None and pair.name not in wrong for pair in pairs),
     )
+
+
+def _compare(
+    original: Checkpoint,
+    result: Checkpoint,
+    pairs: Sequence[Pair],
+    tensors: TensorPlan,
+    advance: Callable[[int], None],
+    executor: Executor | None,
+) -> Compared:
+    if executor is None:
+        return compare_part(Part(original, result, tuple(pairs), tensors), advance)
+    parts, done = parts_by_file(original, result, pairs, tensors), dict[str, Compared]()
+    with Elsewhere(executor, compare_part_elsewhere, again="run the same command again") as crew:
+        for file, part in parts.items():
+            crew.ask(file, part)
+        while len(done) < len(parts):
+            file, compared = crew.next()
+            done[file] = compared
+            advance(parts[file].nbytes)
+    for checkpoint in (original, result):
+        checkpoint.check_unchanged()
+    return total(done[file] for file in parts)
+
+
+def _in_order_of(tensors: TensorPlan, findings: Iterable[Finding]) -> list[Finding]:
+    """Findings about biases, in the order of the plan."""
+    order = {name: place for place, name in enumerate((*tensors.biases, *tensors.divided))}
+    return sorted(findings, key=lambda finding: order[finding.name])
 
 
 def _pairs(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findings: Findings) -> list[Pair]:
     """The tensors to compare, in the order of the converted checkpoint. A tensor without a partner is a finding."""
     expected = {name: name for name in original.tensors if name not in tensors.norms} | tensors.untied
-    for name in expected.keys() - result.tensors.keys():
+    for name in sorted(expected.keys() - result.tensors.keys()):
         findings.add(Finding("tensor", name, "is missing"))
-    for name in result.tensors.keys() - expected.keys() - tensors.norms.keys():
+    for name in sorted(result.tensors.keys() - expected.keys() - tensors.norms.keys()):
         findings.add(Finding("tensor", name, f"is not in the source (in {result.tensors[name].file})"))
     pairs = []
     for name, stored in result.tensors.items():
