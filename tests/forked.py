@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SERVE = """
-import json, os, sys
+import json, os, signal, sys
 import flashnorm.cli, flashnorm.convert, flashnorm.cpu.optimize, flashnorm.models.status, flashnorm.verify
 import transformers.models.llama.modeling_llama
 
@@ -29,7 +29,13 @@ for line in sys.stdin:
             os.dup2(os.open(job[name], os.O_WRONLY), number)
         os.environ.update(job["environment"])
         sys.argv = ["flashnorm", *job["arguments"]]
-        flashnorm.cli.main()
+        if job["dies_after"] is not None:
+            signal.setitimer(signal.ITIMER_REAL, job["dies_after"])  # the signal's default is to end the process
+        if sys.argv[1] != "-c":
+            flashnorm.cli.main()
+        exec(sys.argv[2], {"arguments": sys.argv[3:]})
+        sys.stdout.flush()
+        os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -40,13 +46,22 @@ class Commands:
     def __init__(self, process: "subprocess.Popen[str]"):
         self.process = process
 
-    def __call__(self, *arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """Run it with these arguments, and with these variables besides. It is told yes, whatever it asks."""
+    def __call__(
+        self, *arguments: str | Path, dies_after: float | None = None, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run it with these arguments, and with these variables besides. It is told yes, whatever it asks.
+
+        Args:
+            arguments: those of `flashnorm`; or `-c`, Python code, and what its `arguments` are.
+            dies_after: the seconds after which the system ends it, as with SIGKILL.
+            environment: variables.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         words = [*map(str, arguments)]
         with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-            job = {"arguments": words, "environment": environment, "stdout": stdout.name, "stderr": stderr.name}
+            job = {"arguments": words, "environment": environment, "dies_after": dies_after}
+            job |= {"stdout": stdout.name, "stderr": stderr.name}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             code = int(self.process.stdout.readline())
             return subprocess.CompletedProcess(words, code, stdout.read(), stderr.read())

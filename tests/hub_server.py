@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Hub:
         private: the repositories that were made as private ones.
         stored: SHA-256 -> content of the large files that were uploaded.
         breaks: a file of a repository -> how the next connections end that ask for its content.
+        served: a file of a repository -> what is sent instead of its content.
+        rate: bytes a second of each connection to the storage; None for what the machine allows.
         requests: all of them.
         servers: the hub itself, and its storage.
     """
@@ -79,6 +82,8 @@ class Hub:
     private: set[str] = field(default_factory=set)
     stored: dict[str, bytes] = field(default_factory=dict)
     breaks: dict[str, list[Break]] = field(default_factory=dict)
+    served: dict[str, bytes] = field(default_factory=dict)
+    rate: float | None = None
     requests: list[Request] = field(default_factory=list)
     servers: list["_Server"] = field(default_factory=list)
 
@@ -183,7 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository, name, revision = asked["repository"], asked.get("name"), asked["revision"] or "main"
         commit = hub.commit(repository, revision)
         if address == hub.storage and name is not None:
-            self.send_content(f"{repository}/{name}", hub.commits[commit][name])
+            file = f"{repository}/{name}"
+            self.send_content(file, hub.served.get(file, hub.commits[commit][name]))
         elif repository in hub.names:
             self.answer(307, {"Location": self.path.replace(repository, hub.names[repository], 1)})
         elif (refusal := self.refusal(repository, commit, name)) is not None:
@@ -227,15 +233,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         """A large file, for the storage."""
-        data = self.body()
+        data = self.body(self.server.hub.rate)
         self.server.hub.requests.append(Request(self.command, self.server.hub.storage, self.path, self.headers))
         assert hashlib.sha256(data).hexdigest() == self.path.removeprefix("/")
         self.server.hub.stored[self.path.removeprefix("/")] = data
         self.answer(200, {})
 
-    def body(self) -> bytes:
+    def body(self, rate: float | None = None) -> bytes:
         if (size := self.headers["Content-Length"]) is not None:
-            return self.rfile.read(int(size))
+            return b"".join(map(self.rfile.read, _paced(int(size), rate)))
         chunks = []
         while size := int(self.rfile.readline(), 16):
             chunks.append(self.rfile.read(size))
@@ -304,7 +310,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if not breaks:
-            self.wfile.write(data)
+            place = 0
+            for size in _paced(len(data), self.server.hub.rate):
+                self.wfile.write(data[place : place + size])
+                place += size
             return
         end = breaks.pop(0)
         self.wfile.write(data[: end.after])
@@ -326,6 +335,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass  # `requests` has them
+
+
+def _paced(size: int, rate: float | None) -> Iterator[int]:
+    """How many bytes to move at a time, so that `size` bytes keep to a rate in bytes a second."""
+    step = size if rate is None else max(1, int(rate / 50))
+    for start in range(0, size, max(1, step)):
+        yield min(step, size - start)
+        if rate is not None:
+            time.sleep(min(step, size - start) / rate)
 
 
 def _upload_mode(name: str) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _print_removable(
 @app.command(cls=_Command)
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write; --stream needs none.")] = None,
     keep_norms: Annotated[
         bool,
         typer.Option("--keep-norms", help="Keep folded norms at their identity value, for runtimes that need them."),
@@ -194,6 +194,14 @@ def convert(
         typer.Option("--push-to-hub", metavar="REPO", help="Then upload OUT to this repository, as `push` does."),
     ] = None,
     private: Private = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="With --push-to-hub, from hub to hub: fetch, fold, verify, upload and drop a shard while the next one "
+            "comes. Needs room for three shards, beside OUT or in the current folder.",
+        ),
+    ] = False,
     workers: Workers = None,
     as_json: AsJson = False,
     json_progress: JsonProgress = False,
@@ -213,6 +221,8 @@ def convert(
     if look:
         from flashnorm.convert.dry_run import dry_run
 
+        if out is None or stream:
+            raise InputError("expected MODEL and OUT with --dry-run, and no --stream, found other arguments")
         found = dry_run(
             model,
             out,
@@ -243,6 +253,7 @@ def convert(
             verify=verify,
             push_to_hub=push_to_hub,
             private=private or None,
+            stream=stream,
             workers=workers,
             trust_remote_code=trust_remote_code,
             progress=shown.bytes,
@@ -250,9 +261,11 @@ def convert(
         )
     report = result.report
     if as_json:
-        facts = asdict(replace(result, report=None)) | {"target": str(result.target), "plan": result.plan.to_dict()}
+        target = None if result.target is None else str(result.target)
+        facts = asdict(replace(result, report=None)) | {"target": target, "plan": result.plan.to_dict()}
         print(json.dumps(facts | {"report": report and report.to_dict()}, indent=1))
         return
+    place = push_to_hub if stream else out
     files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
     resumed = f" ({result.resumed_shards} from an earlier run)" if result.resumed_shards else ""
     centred = f"; {result.centred} LayerNorms are RMSNorms, {result.writers} tensors are centred"
@@ -260,7 +273,7 @@ def convert(
         f"; {result.cancelled} norms are not computed" if result.cancelled else ""
     )
     print(
-        f"{out}: {result.norms} norms folded into {result.linears} tensors{centred}; "
+        f"{place}: {result.norms} norms folded into {result.linears} tensors{centred}; "
         f"{result.tensors} tensors in {files}{resumed}; {decimal(result.bytes_written)} written in "
         f"{result.seconds:.1f} s"
     )

@@ -4,10 +4,12 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -17,8 +19,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
+from flashnorm.compat.huggingface_hub import hash_of_upload, uploaded
 from flashnorm.errors import InputError, brief
+from flashnorm.format import FileRecord
 
 # Other formats of the same weights, and what a training run leaves behind, are not fetched. `[!0-9]` spares a module of
 # sentence-transformers (`2_Dense/`), whose weights may be in any format.
@@ -104,6 +109,40 @@ def _snapshot(repository: str, revision: str | None, prefix: str, config_only: b
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
 
 
+def is_ignored(name: str) -> bool:
+    """Whether a file of a model's folder in a repository is not fetched with the model."""
+    return any(fnmatchcase(name, pattern) for pattern in _IGNORED)
+
+
+def commit_of(repository: str, revision: str | None) -> str:
+    """The commit that a revision of a repository means now; None is its main branch. Raises `InputError`."""
+    with hub_errors(repository if revision is None else f"{repository} at {revision}"):
+        if HF_HUB_OFFLINE:
+            raise LocalEntryNotFoundError("HF_HUB_OFFLINE is set")
+        return str(HfApi().model_info(repository, revision=revision).sha)
+
+
+def download(repository: str, commit: str, path: str, folder: Path, advance: Callable[[float | None], object]) -> Path:
+    """Fetch a file of a repository into a folder, past the cache. What an interrupted call has fetched is kept.
+
+    Args:
+        repository, commit, path: where the file is.
+        folder: the folder to fetch it into, under the same path.
+        advance: called with the number of bytes since the last call. An `InputError` that it raises ends the call.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+
+    class Watched(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            advance(n)
+            return super().update(n)
+
+    with hub_errors(f"{repository} at {commit}"):
+        return Path(hf_hub_download(repository, path, revision=commit, local_dir=folder, tqdm_class=Watched))
+
+
 def hub_identity(folder: Path) -> tuple[str | None, str | None]:
     """Hub id and commit of a snapshot in the hub's cache, or of a folder in it; (None, None) for other folders."""
     found = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/|$)", Path(os.path.abspath(folder)).as_posix())
@@ -163,6 +202,70 @@ def upload(folder: Path, names: Iterable[str], repository: str, *, private: bool
     except Exception as error:  # the network, the hub and the folder's disk can raise anything
         raise _cannot_upload(repository, error) from error
     return str(made)
+
+
+class Publication:
+    """A repository that takes large files one at a time, and shows all files by one commit."""
+
+    def __init__(self, repository: str, private: bool | None) -> None:
+        """`private`: whether the repository is made private, if it does not exist; None for the owner's default."""
+        self.repository = repository
+        self._private = private
+        self._made: str | None = None
+
+    def upload(self, name: str, path: Path, record: FileRecord) -> None:
+        """Upload a large file, which no commit shows yet. What the hub has already is not sent again.
+
+        Args:
+            name: the path in the repository.
+            path: the file.
+            record: what was verified; the file must still be that.
+
+        Raises:
+            InputError: the file cannot be uploaded, or is another one.
+        """
+        api, address = HfApi(), self.make()
+        try:
+            addition = CommitOperationAdd(name, path)
+            api.preupload_lfs_files(self.repository, [addition])
+        except Exception as error:  # the network, the hub and the disk can raise anything
+            raise _cannot_upload(self.repository, error) from error
+        found = hash_of_upload(addition)
+        if found is None:
+            raise InputError(
+                f"{address}: expected a repository that keeps {name} as a large file, found that its .gitattributes or "
+                ".gitignore says otherwise; use another repository"
+            )
+        if found != record.sha256:
+            raise InputError(
+                f"{path}: expected the file that was verified, with the SHA-256 {record.sha256}, found {found}; run "
+                "the same command again when nothing else writes there"
+            )
+
+    def commit(self, files: Mapping[str, Path], large: Mapping[str, FileRecord]) -> str:
+        """Show files, and the large files that were uploaded, by one commit. Returns the repository's address.
+
+        Raises:
+            InputError: the hub refuses the commit, or cannot be reached.
+        """
+        api, address = HfApi(), self.make()
+        additions = [CommitOperationAdd(name, path) for name, path in files.items()]
+        additions += [uploaded(name, record.sha256, record.size) for name, record in large.items()]
+        try:
+            api.create_commit(self.repository, additions, commit_message="Upload a FlashNorm checkpoint")
+        except Exception as error:
+            raise _cannot_upload(self.repository, error) from error
+        return address
+
+    def make(self) -> str:
+        """Make the repository, if it does not exist. Returns its address. Raises `InputError` if that cannot be."""
+        if self._made is None:
+            try:
+                made = HfApi().create_repo(self.repository, private=self._private, exist_ok=True)
+            except Exception as error:
+                raise _cannot_upload(self.repository, error) from error
+            self.repository, self._made = made.repo_id, str(made)
+        return self._made
 
 
 def _cannot_upload(repository: str, error: Exception) -> InputError:

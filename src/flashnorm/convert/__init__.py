@@ -11,79 +11,29 @@
 """
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flashnorm.convert.acceptance import check_config, check_places, check_plan, form_of
 from flashnorm.convert.all_shards import write_shards
 from flashnorm.convert.job import Job, ProgressCallback
+from flashnorm.convert.result import ConvertResult, check_free_space, result_of
 from flashnorm.errors import DifferenceError, InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.files.staging import Staging, check_target, disk_errors
-from flashnorm.format import FileRecord
 from flashnorm.hub import check_login, hub_identity, local_folder
-from flashnorm.plan import FoldPlan
 from flashnorm.planning.planned import PlannedCheckpoint, plan_checkpoint
 from flashnorm.workers import team
-
-if TYPE_CHECKING:
-    from flashnorm.verify.report import VerifyReport
 
 __all__ = ["ConvertResult", "ProgressCallback", "convert", "convert_checkpoint"]
 
 
-@dataclass(frozen=True)
-class ConvertResult:
-    """What a conversion did.
-
-    Attributes:
-        target: the folder that was written.
-        norms: how many norm weights were folded.
-        linears: how many stored weight tensors they were folded into.
-        centred: how many LayerNorms become RMSNorms.
-        writers: how many stored tensors were centred for that.
-        cancelled: how many norms are not computed.
-        spelled_out: how many norm tensors stay, at their identity value, since Transformers would initialise them to
-            another one.
-        tensors: how many tensors the output holds.
-        shards, resumed_shards: how many safetensors files it has, and how many of them an earlier run had finished.
-        bytes_read, bytes_written: what this run has read and written, without the shards of an earlier run.
-        seconds: wall time.
-        plan: what was folded, and which norms were kept and why.
-        remarks: what is odd about the source's files but does no harm, in words.
-        left_out: files and folders of the source that do not belong to the model, and were not copied.
-        report: the report of the verification, if there was one.
-        pushed: the address of the repository that it was uploaded to, if it was.
-    """
-
-    target: Path
-    norms: int
-    linears: int
-    centred: int
-    writers: int
-    cancelled: int
-    spelled_out: int
-    tensors: int
-    shards: int
-    resumed_shards: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    plan: FoldPlan
-    remarks: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-    report: "VerifyReport | None" = None
-    pushed: str | None = None
-
-
 def convert(
     source: str | Path,
-    target: str | Path,
+    target: str | Path | None = None,
     *,
     revision: str | None = None,
     subfolder: str = "",
@@ -96,6 +46,7 @@ def convert(
     verify: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    stream: bool = False,
     trust_remote_code: bool = False,
     executor: Executor | None = None,
     workers: int | None = 1,
@@ -106,7 +57,8 @@ def convert(
 
     Args:
         source: the checkpoint's folder, or its hub id.
-        target: the folder to write.
+        target: the folder to write. With `stream`, it may be left out: the working folder lies beside it, or in the
+            current folder, and nothing appears at it.
         revision: branch, tag or commit of a hub repository; None for its main branch.
         subfolder: the model's folder, relative to the source's.
         keep_norms: keep folded norm tensors, at their identity value, instead of leaving them out.
@@ -121,6 +73,9 @@ def convert(
             a summary into its model card.
         push_to_hub: hub id of the repository to upload the result to; see `flashnorm.push`.
         private: whether that repository is made private, if it does not exist; None for the owner's default.
+        stream: convert from hub to hub, for a model that the disk does not hold: a shard is fetched, folded, verified,
+            uploaded and dropped while the next one comes, and the repository changes by one commit at the end. Needs
+            `push_to_hub` and room for three shards. See `flashnorm.convert.stream`.
         trust_remote_code: whether code in the checkpoint's folder may run.
         executor: any executor of `concurrent.futures`, such as that of dask.distributed, whose workers then write a
             shard each, and verify one each. They need this version of flashnorm, and source and target by the same
@@ -137,6 +92,34 @@ def convert(
         DifferenceError: with `verify`, the result is not the same model. The target is then left as it was.
     """
     form = form_of(cancel)
+    if stream:
+        from flashnorm.convert.stream import stream as convert_stream
+
+        if push_to_hub is None:
+            raise InputError("expected a repository to upload to with --stream, found none; add --push-to-hub")
+        if force or verify or executor is not None or workers not in (1, None):
+            raise InputError(
+                "expected no --force, --verify or workers with --stream, found one of them: there is no folder to "
+                "replace, each shard is verified anyway, and one process keeps up with the network"
+            )
+        return convert_stream(
+            source,
+            push_to_hub,
+            Path(push_to_hub.replace("/", "--") if target is None else target),
+            revision=revision,
+            subfolder=subfolder,
+            keep_norms=keep_norms,
+            untie=untie,
+            keep=keep,
+            center=center,
+            cancel=form,
+            private=private,
+            trust_remote_code=trust_remote_code,
+            progress=progress or (lambda done, total: None),
+            stage=stage,
+        )
+    if target is None:
+        raise InputError(f"{source}: expected a folder to write, found none; only --stream needs none")
     if push_to_hub is not None:
         check_login(push_to_hub)
     checkpoint = Checkpoint.open(local_folder(source, revision, subfolder))
@@ -235,7 +218,7 @@ def convert_checkpoint(
         if force:
             stage("converting")
         copied = sum((checkpoint.folder / name).stat().st_size for name in job.copies)
-        _check_free_space(target.parent, sum(job.sizes.values()) + copied - staging.resumable_bytes())
+        check_free_space(target.parent, sum(job.sizes.values()) + copied - staging.resumable_bytes())
         write_shards(job, staging, progress or (lambda done, total: None), executor)
         job.write_small_files(staging)
         if proof is not None:
@@ -245,34 +228,4 @@ def convert_checkpoint(
                 staging.forget()
                 raise
         staging.publish()
-    return ConvertResult(
-        target=target,
-        norms=len(job.plan.folds),
-        linears=len(job.names.folds),
-        centred=len(job.plan.centred.norms),
-        writers=len(job.names.centred),
-        cancelled=len(job.plan.cancelled.norms),
-        spelled_out=len(job.names.spelled_out),
-        tensors=sum(len(tensors) for tensors in job.tensors.values()),
-        shards=len(job.sizes),
-        resumed_shards=len(job.resumed),
-        bytes_read=_bytes(job.read, job.resumed) + sum(record.source.size for record in job.replaced),
-        bytes_written=_bytes(job.written, job.resumed) + sum(record.output.size for record in job.replaced),
-        seconds=time.monotonic() - started,
-        plan=job.plan,
-        remarks=job.checkpoint.remarks,
-        left_out=job.left_out,
-    )
-
-
-def _check_free_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"{folder}: expected {needed / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB; make room or choose "
-            "a target on another disk"
-        )
-
-
-def _bytes(records: Mapping[str, FileRecord], resumed: set[str]) -> int:
-    return sum(record.size for name, record in records.items() if name not in resumed)
+    return result_of(job, target, started)

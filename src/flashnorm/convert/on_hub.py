@@ -7,9 +7,9 @@ the same size without content, which takes no room; safetensors files among them
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -19,13 +19,17 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from flashnorm.errors import InputError
-from flashnorm.files.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from flashnorm.files.others import other_files
+from flashnorm.files.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, FileState
 from flashnorm.files.strict_json import MAX_BYTES
-from flashnorm.format import MANIFEST_FILE
-from flashnorm.hub import hub_errors, local_folder, on_hub
+from flashnorm.format import CARD_FILE, MANIFEST_FILE
+from flashnorm.hub import hub_errors, is_ignored, local_folder, on_hub
 
 # These files are fetched: they are small, and plans are made from them.
 _FETCHED = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, "modules.json", "*.py")
+
+# Tensors up to this size, in bytes, are kept: norms are read several times.
+_SMALL = 1 << 20
 
 # The first request for a file fetches this many bytes: most headers, with one request each.
 _HEAD = 1 << 19
@@ -39,17 +43,64 @@ class HubCheckpoint(Checkpoint):
     Attributes:
         place: hub id, revision and subfolder, as HfFileSystem writes them.
         fetched: the tensors' bytes that are here already, by file and place.
+        whole: the files that are here as a whole for the moment, in their places.
+        sha256: file name -> hash of a large file, as the hub says.
     """
 
     place: str = ""
     fetched: Any = None
+    whole: set[str] = field(default_factory=set)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def check_unchanged(self) -> None:
+        """A commit does not change."""
+
+    def with_states_of(self, names: list[str]) -> "HubCheckpoint":
+        """As in a folder; of files that stand for a commit's, only the sizes say something."""
+        return replace(self, states=self.states | _sizes(self.folder, names))
+
+    def fetch_small(self, name: str) -> None:
+        """Put the content of a file into its place."""
+        path = self.folder / name
+        path.write_bytes(_range(self.place, name, 0, path.stat().st_size))
 
     def _read(self, file: str, starts: Sequence[int], nbytes: int) -> bytearray:
+        if file in self.whole:
+            return super()._read(file, starts, nbytes)
         keys = [(file, start, nbytes) for start in starts]
-        for key in keys:
-            if key not in self.fetched:
-                self.fetched[key] = _range(self.place, file, key[1], key[1] + nbytes)
-        return bytearray().join(self.fetched[key] for key in keys)
+        found = {key: self.fetched.get(key) or _range(self.place, file, key[1], key[1] + nbytes) for key in keys}
+        if nbytes <= _SMALL:
+            self.fetched.update(found)
+        return bytearray().join(found[key] for key in keys)
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, FileState]:
+    return {name: FileState((folder / name).stat().st_size, 0, 0, 0) for name in names}
+
+
+def open_whole(repository: str, commit: str, subfolder: str, folder: Path) -> HubCheckpoint:
+    """Open a checkpoint on the hub to convert it: the folder has all its small files, and none that is not fetched.
+
+    Args:
+        repository: the hub id.
+        commit: a commit, which does not change.
+        subfolder: the model's folder in the repository.
+        folder: an empty folder.
+
+    Raises:
+        InputError: as for `open_on_hub`.
+    """
+    try:
+        checkpoint = open_on_hub(repository, commit, subfolder, folder)
+        for path in folder.rglob("*"):
+            if path.is_file() and is_ignored(path.relative_to(folder).as_posix()):
+                path.unlink()
+        for name in (*other_files(checkpoint).belonging, CARD_FILE):
+            if (folder / name).is_file():
+                checkpoint.fetch_small(name)
+    except InputError as error:
+        raise InputError(str(error).replace(str(folder), repository)) from error
+    return checkpoint
 
 
 @contextlib.contextmanager
@@ -74,7 +125,7 @@ def opened(source: str | Path, revision: str | None = None, subfolder: str = "")
             raise InputError(str(error).replace(folder, str(source))) from error
 
 
-def open_on_hub(repository: str, revision: str | None, subfolder: str, folder: Path) -> Checkpoint:
+def open_on_hub(repository: str, revision: str | None, subfolder: str, folder: Path) -> HubCheckpoint:
     """Open a checkpoint on the hub.
 
     Args:
@@ -106,8 +157,15 @@ def open_on_hub(repository: str, revision: str | None, subfolder: str, folder: P
                 file.write(_header(place, name, size))
             os.truncate(file.fileno(), size)
     opened = Checkpoint.open(folder)
-    given = {one.name: getattr(opened, one.name) for one in fields(opened)}
-    checkpoint = HubCheckpoint(**given, place=place, fetched={})
+    given: dict[str, Any] = {one.name: getattr(opened, one.name) for one in fields(opened)}
+    given["states"] = _sizes(folder, opened.states)
+    large = {PurePosixPath(path): info["lfs"]["sha256"] for path, info in files.items() if info.get("lfs")}
+    checkpoint = HubCheckpoint(
+        **given,
+        place=place,
+        fetched={},
+        sha256={path.relative_to(place).as_posix(): sha for path, sha in large.items() if path.is_relative_to(place)},
+    )
     # Norms have one axis. Each is asked for by a request of its own, so several are under way at a time.
     small = [name for name, info in opened.tensors.items() if len(info.shape) == 1]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:

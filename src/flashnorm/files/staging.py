@@ -191,6 +191,10 @@ class Staging:
             # This fails if someone has made the target meanwhile, unless it is an empty folder.
             self.model.rename(self.target)
         sync_folder(self.target.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder, whatever is in it, and let go of the lock."""
         self.forget()
         self._abandon()
 

@@ -5,7 +5,8 @@
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from flashnorm.files.reader import Checkpoint
 from flashnorm.files.shared import check_shared
@@ -59,6 +60,18 @@ class Compared:
     of_converted: dict[str, str] = field(default_factory=dict)
     sample: RoundingSample = field(default_factory=RoundingSample)
     underflow: Underflow = NO_UNDERFLOW
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; for a part in which nothing is wrong."""
+        assert not self.tensors
+        assert not self.biases
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Compared":
+        """What `to_dict` gave. Raises `KeyError` or `TypeError` for anything else."""
+        sample, underflow = RoundingSample(**data["sample"]), Underflow(**data["underflow"])
+        return Compared((), (), data["right_biases"], data["of_source"], data["of_converted"], sample, underflow)
 
     def __add__(self, other: "Compared") -> "Compared":
         return Compared(

@@ -107,9 +107,30 @@ def verify_weights(
     started = time.monotonic()
     original, tensors = planned.checkpoint, planned.tensors
     findings = Findings(PROBLEMS_IN_FULL)
-    pairs = _pairs(original, result, tensors, findings)
-    norms = check_norms(result, tensors, findings, original)
+    pairs = pairs_of(original, result, tensors, findings)
     compared = _compare(original, result, pairs, tensors, advance or (lambda nbytes: None), executor)
+    return weights_report(planned, result, pairs, findings, compared, started)
+
+
+def weights_report(
+    planned: PlannedCheckpoint,
+    result: Checkpoint,
+    pairs: Sequence[Pair],
+    findings: Findings,
+    compared: Compared,
+    started: float,
+) -> WeightsReport:
+    """The report on tensors that were compared, after a check of the norms and of all other files.
+
+    Args:
+        planned: the source with its plan.
+        result: the converted checkpoint; of its tensors, only norms are read.
+        pairs, findings: from `pairs_of`.
+        compared: what came of all pairs.
+        started: when the verification began, by `time.monotonic`.
+    """
+    original, tensors = planned.checkpoint, planned.tensors
+    norms = check_norms(result, tensors, findings, original)
     for finding in (*compared.tensors, *_in_order_of(tensors, compared.biases)):
         findings.add(finding)
     wrong = {finding.name for finding in (*compared.tensors, *compared.biases)}
@@ -159,9 +180,18 @@ def _in_order_of(tensors: TensorPlan, findings: Iterable[Finding]) -> list[Findi
     return sorted(findings, key=lambda finding: order[finding.name])
 
 
-def _pairs(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findings: Findings) -> list[Pair]:
-    """The tensors to compare, in the order of the converted checkpoint. A tensor without a partner is a finding."""
-    expected = {name: name for name in original.tensors if name not in tensors.norms} | tensors.untied
+def pairs_of(original: Checkpoint, result: Checkpoint, tensors: TensorPlan, findings: Findings) -> list[Pair]:
+    """The tensors to compare, in the order of the converted checkpoint. A tensor without a partner is a finding.
+
+    Args:
+        original: the source, or some of its files, of which all tensors must have a partner.
+        result: the converted checkpoint, or its files of the same names.
+        tensors: the plan.
+        findings: collects what is wrong.
+    """
+    there = {name for header in original.headers.values() for name in header.tensors.keys() - header.passed_over}
+    expected = {name: name for name in original.tensors if name in there and name not in tensors.norms}
+    expected |= {name: source for name, source in tensors.untied.items() if source in there}
     for name in sorted(expected.keys() - result.tensors.keys()):
         findings.add(Finding("tensor", name, "is missing"))
     for name in sorted(result.tensors.keys() - expected.keys() - tensors.norms.keys()):
