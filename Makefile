@@ -80,7 +80,7 @@ vllm-architectures: $(VLLM_INSTALLED)
 ROUNDS ?= 4
 
 test-executors: $(EXECUTORS_INSTALLED)
-	@OMP_NUM_THREADS=1 ROUNDS=$(ROUNDS) $(EXECUTORS_VENV)/bin/python -m pytest tests/integrations/test_dask.py tests/convert/test_executors.py
+	@OMP_NUM_THREADS=1 ROUNDS=$(ROUNDS) $(EXECUTORS_VENV)/bin/python -m pytest tests/integrations/test_dask.py tests/convert/test_executors.py tests/verify/test_workers.py
 
 test-evals: $(EVALS_INSTALLED)
 	@OMP_NUM_THREADS=1 $(EVALS_VENV)/bin/python -m pytest tests/integrations/test_lm_eval.py
@@ -157,6 +157,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(PIP) -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/convert.py
+	@$(BIN)/python benchmarks/workers.py
 	@$(BIN)/python benchmarks/operators.py
 	@$(BIN)/python benchmarks/left_out.py
 	@mkdir -p build
