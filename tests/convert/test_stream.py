@@ -16,6 +16,7 @@ import torch
 
 import flashnorm
 import tiny
+from architectures.configs import tiny_config
 from forked import Commands, assert_refused, forked_commands
 from hub_server import Break, Hub, Refusal, Request, hub_server
 
@@ -142,6 +143,8 @@ def test_the_result_is_that_of_the_plain_way(
         ("llama", torch.bfloat16, "40KB", ["--keep-norms"]),
         ("starcoder2", torch.bfloat16, "30KB", []),  # norm biases: a new bias needs a weight of another shard
         ("gemma", torch.float32, "60KB", ["--untie"]),
+        ("gpt2", torch.bfloat16, "20KB", ["--center", "--untie"]),
+        ("gemma4_text", torch.bfloat16, "40KB", ["--cancel", "exact"]),
     ],
 )
 def test_other_models_and_options(
@@ -155,7 +158,7 @@ def test_other_models_and_options(
     size: str,
     options: list[str],
 ) -> None:
-    built = tiny.model(tiny.config(name), dtype)
+    built = tiny.model(tiny_config(name), dtype)
     model = published(hub, run, home, tmp_path, target.replace("/", "-"), built, size, *options)
     result = run("convert", model.repository, tmp_path / "out", "--push-to-hub", target, "--stream", *options)
     assert result.returncode == 0, result

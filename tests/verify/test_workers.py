@@ -21,6 +21,7 @@ from toy_checkpoints import TWO_SHARDS_FOLDS, Converted, two_shards
 import flashnorm
 import tiny
 from any_order import AnyOrder
+from architectures.configs import tiny_config
 from flashnorm import workers
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
@@ -73,6 +74,24 @@ def test_the_report_is_that_of_one_process(tmp_path: Path, sharded: Path, chosen
         with AnyOrder(seed) as executor:
             other = verify(sharded / "source", out, weights_only=True, executor=executor)
         assert without_times(other) == without_times(one)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "damaged", "options"),
+    [("gpt2", "c_proj.weight", {"center": True, "untie": True}), ("gemma4_text", "q_proj.weight", {"cancel": "exact"})],
+)
+def test_centred_and_cancelled_models(tmp_path: Path, model_type: str, damaged: str, options: dict[str, Any]) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    built = tiny.model(tiny_config(model_type), torch.bfloat16)
+    built.save_pretrained(source, max_shard_size="20KB")
+    with AnyOrder(0) as executor:
+        flashnorm.convert(source, out, executor=executor, **options)
+        for wrong in ((), (damaged,)):
+            assert not wrong or flip(out, *wrong)
+            one, other = (verify(source, out, weights_only=True, executor=used) for used in (None, executor))
+            assert one.ok == (not wrong)
+            assert without_times(other) == without_times(one)
+            assert one.weights.centred > 0 or model_type == "gemma4_text"
 
 
 def test_shards_of_other_names(tmp_path: Path, sharded: Path) -> None:
