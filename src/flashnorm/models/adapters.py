@@ -234,15 +234,15 @@ class _Guard:
 
     def check(self) -> None:
         """Raise `InputError` if the model has an adapter that would give wrong results."""
-        if self._configs():
-            subtract_means(self._model)
-            compute_norms(self._model)
         for name, config in self._configs().items():
             if self._accepted.get(name) is not config:
                 if (refused := self._refusal(config)) is not None:
                     refusal, modules = refused
                     if _changes(self._model, name, config, modules):
                         raise InputError(f"adapter {name!r}: {refusal}")
+                # What an adapter writes is not centred, and may have biases.
+                subtract_means(self._model)
+                compute_norms(self._model)
                 self._mark(config)
                 self._accepted[name] = config
 
