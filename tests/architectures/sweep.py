@@ -367,7 +367,7 @@ def document(tables: Mapping[str, Table], full_size: str) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `make architectures`; tests repeat one in six of the causal language models, and one in twenty "
+        "Written by `make architectures`; tests repeat one in ten of the causal language models, and one in thirty "
         "of the others.",
         "",
         *EXPLANATION.splitlines(),
