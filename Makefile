@@ -106,13 +106,16 @@ compatibility: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m compatibility $(if $(ONLY),--only $(ONLY)) $(if $(CHECKS),--checks $(CHECKS))
 
 # Other runtimes, each in an environment of its own in .venv-runtimes (8 GB): source and converted model in the same one.
-# `make ONLY="mlx llama" runtimes` tries some again, `make MODELS=tiny runtimes` some models. `quantised` asks whether
-# to fold before or after quantising.
-.PHONY: runtimes quantised cards
+# `make ONLY="mlx llama" runtimes` tries some again, `make MODELS=tiny runtimes` some models. `speed` asks whether folding
+# makes a runtime faster, `quantised` whether to fold before or after quantising.
+.PHONY: runtimes speed quantised cards
 MODELS ?=
 CHOSEN = $(if $(ONLY),--only $(ONLY)) $(if $(MODELS),--models $(MODELS))
 runtimes: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes $(CHOSEN)
+
+speed: $(INSTALLED)
+	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes.speed $(if $(ONLY),--only $(ONLY))
 
 quantised: $(INSTALLED)
 	@PYTHONPATH=tests:benchmarks:examples $(BIN)/python -m runtimes.quantised $(CHOSEN)

@@ -18,6 +18,7 @@ from runtimes.compare import NO_ANSWER, TOKENS, Run, compare, run
 from runtimes.models import MODELS
 from runtimes.page import BEGIN, END, NOT_RUN, PAGE, cell, put_table, rows_of, with_results
 from runtimes.quantised import orders
+from runtimes.speed import row as speed_row
 from runtimes.table import KEEP, WAYS, WEIGHTLESS, Way
 from runtimes.texts import IDS, SKIPPED, TEXTS, chosen
 
@@ -121,6 +122,15 @@ def test_both_orders_are_compared_text_by_text() -> None:
     # About two standard errors to either side.
     error = np.log(noise).std(ddof=1) / 4
     assert np.log(noisy.high / noisy.low) == pytest.approx(4 * error, rel=0.25)
+
+
+def test_a_ratio_is_that_of_a_round() -> None:
+    rounds = [[2e-3 * n, 1e-3 * n] for n in range(1, 12)]
+    _, version, *cells = speed_row(WAY, {"version": "1.0", "times": dict.fromkeys(["2", "128"], rounds)})
+    assert version == "1.0"
+    assert cells == ["12.0 ms", "2.000 (2.000 to 2.000), 11 rounds"] * 2
+    with pytest.raises(RuntimeError, match="no model"):
+        speed_row(WAY, {"error": "no model"})
 
 
 def test_texts_of_calibration_are_others() -> None:
