@@ -64,7 +64,7 @@ def test_plan_says_which_divisions_cancel(run: Commands, source: Path, tmp_path:
     first = found["divisions"][0]
     assert (first["norm"], first["verdict"]) == ("model.layers.0.input_layernorm", "cancels in part")
     queries = {"weight": "model.layers.0.self_attn.q_proj.weight", "escapes": []}
-    ending = {"norm": "model.layers.0.self_attn.q_norm", "power": 2.0}
+    ending = {"norm": "model.layers.0.self_attn.q_norm", "power": 2.0, "dims": [0, 1]}
     assert first["readers"][0] == queries | {"endings": [ending]}
     (why,) = first["readers"][2]["escapes"]
     assert (why["operator"], why["kind"]) == ("aten.bmm", "stopped")
