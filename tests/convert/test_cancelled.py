@@ -268,3 +268,18 @@ def test_the_commands(gemma4: Path, tmp_path: Path) -> None:
     assert "is not computed (exact)" in run(app, ["convert", str(gemma4), out, "--cancel", "exact", "--dry-run"]).output
     with pytest.raises(flashnorm.InputError, match="expected exact or drop for --cancel, found 'half'"):
         flashnorm.convert(gemma4, out, cancel="half")
+
+
+def test_code_with_another_eps_computes_the_norms(gemma4: Path, exact: Path, tmp_path: Path) -> None:
+    """As a newer Transformers would have it, of which config.json says nothing."""
+    out = shutil.copytree(exact, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    listed = config["flashnorm"]["cancelled"]["norms"]
+    for ends in listed.values():
+        ends[0]["power"] = 4
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=f"{len(listed)} norms are computed, although config.json says"):
+        model = flashnorm.load(out, dtype=torch.float64)
+    assert not cancelled(model)
+    expected = logits(AutoModelForCausalLM.from_pretrained(gemma4, dtype=torch.float64))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)

@@ -403,3 +403,15 @@ def test_the_commands(gpt2: Path, tmp_path: Path) -> None:
     assert (found.writers, found.written) == (10, written)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "5 LayerNorms are RMSNorms" in card
+
+
+def test_code_with_another_writer_subtracts_the_mean(gpt2: Path, copy: Path) -> None:
+    """As a newer Transformers would have it, of which config.json says nothing."""
+    config = json.loads((copy / "config.json").read_text())
+    del config["flashnorm"]["centred"]["writers"]["transformer.wpe.weight"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="5 LayerNorms subtract the mean, although config.json says"):
+        model = flashnorm.load(copy, dtype=torch.float64)
+    assert not norms(model)
+    expected = logits(AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float64))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)  # its weights are float32

@@ -28,6 +28,8 @@ from flashnorm.models.centred import put_rms_norms
 from flashnorm.models.in_memory import mark_config
 from flashnorm.models.weightless import make_weightless, under_all_names
 from flashnorm.plan import Cancelled, Centred, FoldPlan, Kept
+from flashnorm.planning import cancelled as cancelling
+from flashnorm.planning import centred as centring
 from flashnorm.planning.checks import check_shapes
 from flashnorm.planning.folded import weightless_norms
 from flashnorm.planning.names import tensor_plan
@@ -162,7 +164,11 @@ def _centred(planned: PlannedCheckpoint) -> Centred:
             f"{where}: expected {CONFIG_KEY}.centred to name norms and weights of the model, found "
             f"{', '.join(unknown[:3])}; do config.json and the weights belong together?"
         )
-    return centred
+    if not centred.norms:
+        return centred
+    found = centring.confirmed(planned.model, centred)
+    _warn_of_code(len(centred.norms) - len(found.norms), "LayerNorms subtract the mean")
+    return found
 
 
 def _cancelled(planned: PlannedCheckpoint) -> Cancelled:
@@ -176,7 +182,20 @@ def _cancelled(planned: PlannedCheckpoint) -> Cancelled:
             f"{where}: expected {CONFIG_KEY}.cancelled to name norms of the model, found {', '.join(unknown[:3])}; do "
             "config.json and the weights belong together?"
         )
-    return cancelled
+    if not cancelled.norms:
+        return cancelled
+    found = cancelling.confirmed(planned.model, cancelled)
+    _warn_of_code(len(cancelled.norms) - len(found.norms), "norms are computed")
+    return found
+
+
+def _warn_of_code(count: int, consequence: str) -> None:
+    if count:
+        warnings.warn(
+            f"{count} {consequence}, although config.json says that they need not: the model's code is another one "
+            f"than when it was converted, or config.json was changed (transformers {transformers.__version__})",
+            stacklevel=2,
+        )
 
 
 def use_kernels(model: PreTrainedModel) -> str | None:

@@ -7,6 +7,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from flashnorm.errors import InputError
 from flashnorm.plan import Cancelled, Ending, FoldPlan, Form, Kept, Kind
 from flashnorm.planning.names import StoredNames
@@ -49,6 +51,18 @@ def plan_cancelled(plan: FoldPlan, names: StoredNames, folder: Path, form: Form)
     raise InputError(
         f"{folder}: expected a norm whose division cancels, found none among {len(found)} ({partly} cancel in part)"
         f"{why}; `flashnorm plan --cancel` says what stops each; leave out --cancel"
+    )
+
+
+def confirmed(model: nn.Module, cancelled: Cancelled) -> Cancelled:
+    """What of this the model's code, as it is installed now, still allows. A norm that is left out must be computed."""
+    found = {
+        division.norm: {*(_ends(division) or ())}
+        for division in divisions(trace(model, None, FACTORS))
+        if division.verdict is Verdict.CANCELS and division.shared is None
+    }
+    return replace(
+        cancelled, norms={norm: ends for norm, ends in cancelled.norms.items() if found.get(norm) == {*ends}}
     )
 
 

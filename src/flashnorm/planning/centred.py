@@ -9,7 +9,7 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
@@ -18,6 +18,16 @@ from flashnorm.planning.names import StoredNames
 from flashnorm.trace.planner import trace
 from flashnorm.trace.streams import STREAMS, centrings
 from flashnorm.trace.values import along, constant_along, constant_except
+
+
+def confirmed(model: nn.Module, centred: Centred) -> Centred:
+    """What of this the model's code, as it is installed now, still allows.
+
+    A LayerNorm whose input has another writer by now, or another reader, is left out: it must subtract the mean.
+    """
+    writers = {*centred.writers}
+    found = {one.norm for one in centrings(trace(model, None, STREAMS)) if one.removable and {*one.writers} <= writers}
+    return replace(centred, norms=tuple(norm for norm in centred.norms if norm in found))
 
 
 def plan_centred(plan: FoldPlan, names: StoredNames, checkpoint: Checkpoint, unread: str | None) -> FoldPlan:
