@@ -14,7 +14,7 @@ from pathlib import Path
 
 import flashnorm
 from convert import make_checkpoint
-from flashnorm.verify import verify_outputs
+from flashnorm.verify.outputs import verify_outputs
 
 
 class PeakMemory(threading.Thread):

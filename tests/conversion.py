@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flashnorm.convert import ConvertResult, convert_checkpoint
+from flashnorm.convert.result import ConvertResult
+from flashnorm.convert.whole import convert_checkpoint
 from handmade import Handmade
 
 

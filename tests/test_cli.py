@@ -163,6 +163,7 @@ def test_verify_a_converted_folder_alone(run: Commands, source: Path, converted:
     assert_refused(run("verify", converted), "--weights-only")
 
 
+@pytest.mark.slow
 def test_progress_as_json_lines(run: Commands, source: Path, tmp_path: Path) -> None:
     result = run("convert", source, tmp_path / "out", "--json-progress")
     assert result.returncode == 0

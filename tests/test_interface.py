@@ -63,7 +63,7 @@ import flashnorm.verify.weights, flashnorm.verify as verify
 from flashnorm.verify.weights import verify_weights
 from flashnorm import convert
 assert flashnorm.verify is verify and callable(verify) and callable(convert)
-assert sys.modules["flashnorm.verify"].verify_weights is verify_weights
+assert sys.modules["flashnorm.verify.weights"].verify_weights is verify_weights
 """
     assert python(before + code, source, tmp_path / "out") == "True\n"
 
@@ -97,6 +97,13 @@ def test_what_uses_no_model_imports_neither_torch_nor_transformers(code: str) ->
     found = python(f"{code}\nimport sys; print(*sys.modules, sep='\\n')")
     assert not {"torch", "transformers"} & {*found.split()}
     assert "flashnorm" in found.split()
+
+
+@pytest.mark.parametrize("module", ["flashnorm.convert.part", "flashnorm.verify.part"])
+def test_a_worker_imports_no_transformers(module: str) -> None:
+    found = python(f"import sys, {module}\nprint(*sys.modules, sep='\\n')").split()
+    assert "torch" in found
+    assert not {"transformers", "huggingface_hub"} & {*found}
 
 
 COMMANDS = """

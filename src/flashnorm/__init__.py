@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from flashnorm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from flashnorm.convert import ConvertResult, convert
     from flashnorm.convert.adapter import AdapterResult, convert_adapter
     from flashnorm.convert.dry_run import DryRun, dry_run
     from flashnorm.convert.push import push
+    from flashnorm.convert.result import ConvertResult
+    from flashnorm.convert.whole import convert
     from flashnorm.errors import DifferenceError, InputError
     from flashnorm.models.in_memory import fold_
     from flashnorm.models.load import load
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from flashnorm.planning.planned import plan
     from flashnorm.planning.removable import removable
     from flashnorm.removable import Centring, Division, Removable
-    from flashnorm.verify import IntegrityReport, VerifyReport, verify
     from flashnorm.verify.adapter import AdapterReport, verify_adapter
+    from flashnorm.verify.integrity import IntegrityReport
+    from flashnorm.verify.report import VerifyReport
+    from flashnorm.verify.whole import verify
 
 __all__ = [
     "AdapterReport",
@@ -64,21 +67,21 @@ _HOMES = {
     "AdapterReport": "flashnorm.verify.adapter",
     "AdapterResult": "flashnorm.convert.adapter",
     "Centring": "flashnorm.removable",
-    "ConvertResult": "flashnorm.convert",
+    "ConvertResult": "flashnorm.convert.result",
     "DifferenceError": "flashnorm.errors",
     "Division": "flashnorm.removable",
     "DryRun": "flashnorm.convert.dry_run",
     "Fold": "flashnorm.plan",
     "FoldPlan": "flashnorm.plan",
     "InputError": "flashnorm.errors",
-    "IntegrityReport": "flashnorm.verify",
+    "IntegrityReport": "flashnorm.verify.integrity",
     "Kept": "flashnorm.plan",
     "Kind": "flashnorm.plan",
     "Linear": "flashnorm.plan",
     "Removable": "flashnorm.removable",
     "Status": "flashnorm.models.status",
-    "VerifyReport": "flashnorm.verify",
-    "convert": "flashnorm.convert",
+    "VerifyReport": "flashnorm.verify.report",
+    "convert": "flashnorm.convert.whole",
     "convert_adapter": "flashnorm.convert.adapter",
     "dry_run": "flashnorm.convert.dry_run",
     "fold_": "flashnorm.models.in_memory",
@@ -88,7 +91,7 @@ _HOMES = {
     "push": "flashnorm.convert.push",
     "removable": "flashnorm.planning.removable",
     "status": "flashnorm.models.status",
-    "verify": "flashnorm.verify",
+    "verify": "flashnorm.verify.whole",
     "verify_adapter": "flashnorm.verify.adapter",
 }
 

@@ -23,8 +23,8 @@ from flashnorm.errors import DifferenceError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flashnorm.convert import ConvertResult
     from flashnorm.convert.dry_run import DryRun
+    from flashnorm.convert.result import ConvertResult
     from flashnorm.plan import FoldPlan
 
 DIFFERENT, UNUSABLE = 1, 2
@@ -215,7 +215,7 @@ def convert(
     """
     from rich.filesize import decimal
 
-    from flashnorm.convert import convert as run
+    from flashnorm.convert.whole import convert as run
     from flashnorm.progress import show_progress
 
     if look:
@@ -413,8 +413,8 @@ def verify(
         )
         return
     from flashnorm.progress import show_progress
-    from flashnorm.verify import verify as run
     from flashnorm.verify.page import check_page, write_page
+    from flashnorm.verify.whole import verify as run
 
     if html is not None:
         check_page(html)

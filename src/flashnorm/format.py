@@ -26,7 +26,7 @@ CONFIG_FLAGS = ("flash_norm", "flashnorm_folded")
 CONFIG_KEY = "flashnorm"
 CONFIG_VERSIONS = (1, 2, 3)
 
-_NONE, _NONE_CANCELLED = Centred(), Cancelled()
+_NONE_CENTRED, _NONE_CANCELLED = Centred(), Cancelled()
 
 # Keys of an adapter's adapter_config.json: whether it belongs to a folded model, and the hash of that model's folds.
 ADAPTER_MARK = "flashnorm"
@@ -76,7 +76,7 @@ def other_folds(adapter: Mapping[str, Any], folds_hash: str) -> bool:
 
 
 def config_keys(
-    norms: Iterable[str], centred: Centred = _NONE, cancelled: Cancelled = _NONE_CANCELLED
+    norms: Iterable[str], centred: Centred = _NONE_CENTRED, cancelled: Cancelled = _NONE_CANCELLED
 ) -> dict[str, Any]:
     """The keys to add to config.json.
 
@@ -306,11 +306,9 @@ def listed_centred(config: Mapping[str, Any], where: str | Path) -> Centred:
     Raises:
         InputError: the key has another content, or another version.
     """
-    listed_norms(config, where)
-    entry: Any = config.get(CONFIG_KEY)
-    match entry.get("centred") if isinstance(entry, dict) else None:
+    match _listed(config, "centred", where):
         case None:
-            return _NONE
+            return _NONE_CENTRED
         case {"norms": [*norms], "writers": dict(writers)}:
             named = all(isinstance(name, str) for name in (*norms, *writers))
             if named and all(isinstance(axis, int) for axis in writers.values()):
@@ -331,12 +329,11 @@ def listed_cancelled(config: Mapping[str, Any], where: str | Path) -> Cancelled:
     Raises:
         InputError: the key has another content, or another version.
     """
-    listed_norms(config, where)
-    entry: Any = config.get(CONFIG_KEY)
-    if not isinstance(entry, dict) or entry.get("cancelled") is None:
+    entry = _listed(config, "cancelled", where)
+    if entry is None:
         return _NONE_CANCELLED
     try:
-        return Cancelled.from_dict(entry["cancelled"])
+        return Cancelled.from_dict(entry)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{where}: expected {CONFIG_KEY}.cancelled to list norms and in which norms they cancel, found something "
@@ -344,9 +341,20 @@ def listed_cancelled(config: Mapping[str, Any], where: str | Path) -> Cancelled:
         ) from error
 
 
+def _listed(config: Mapping[str, Any], key: str, where: str | Path) -> Any:
+    """What our key of a config says under one of its own keys, None if nothing; errors as for `listed_norms`."""
+    listed_norms(config, where)
+    entry: Any = config.get(CONFIG_KEY)
+    return entry.get(key) if isinstance(entry, dict) else None
+
+
+# How the sections of a model card begin and end by which a later conversion finds them again.
+CARD_BEGIN, CARD_END = "# FlashNorm\n\nThis is ", "Written by flashnorm "
+VERIFIED_BEGIN, VERIFIED_END = "## Verified\n", "`flashnorm verify SOURCE THIS_FOLDER` does it again.\n"
+
 _CARD_SECTION = re.compile(
-    r"^# FlashNorm\n\nThis is .*?^Written by flashnorm \S+\n"
-    r"(?:\n## Verified\n.*?^`flashnorm verify SOURCE THIS_FOLDER` does it again\.\n)?",
+    rf"^{re.escape(CARD_BEGIN)}.*?^{re.escape(CARD_END)}\S+\n"
+    rf"(?:\n{re.escape(VERIFIED_BEGIN)}.*?^{re.escape(VERIFIED_END)})?",
     re.DOTALL | re.MULTILINE,
 )
 

@@ -102,7 +102,7 @@ def test_function_mode() -> None:
 
     with Wide():
         assert torch.ones(1, dtype=torch.float16).float().dtype == torch.float64, (
-            "a TorchFunctionMode does not see `Tensor.float` any more: the oracle of `verify` would not be in float64"
+            "a TorchFunctionMode does not see `Tensor.float` any more: the reference run would not be in float64"
         )
 
 
@@ -192,3 +192,10 @@ def test_hooks(change: str) -> None:
     assert compat.calls_itself(norm)
     norm.forward = norm.forward
     assert not compat.calls_itself(norm)
+
+
+def test_buffers_that_no_checkpoint_stores_are_known() -> None:
+    module = nn.Module()
+    module.register_buffer("stored", torch.zeros(1))
+    module.register_buffer("computed", torch.zeros(1), persistent=False)
+    assert compat.unsaved_buffers(module) == {"computed"} == {"stored", "computed"} - module.state_dict().keys()

@@ -71,7 +71,7 @@ def test_plain_operators(model_type: str) -> None:
 def test_experts_in_float64() -> None:
     model = tiny.model(tiny.config("qwen3_moe"), torch.float64)
     compat.use_experts_for_float64(model)
-    assert model.config._experts_implementation == "eager", "experts cannot be chosen: the float64 oracle would not run"
+    assert model.config._experts_implementation == "eager", "experts cannot be chosen: the reference would not run"
     assert model(tiny.ids()).logits.dtype == torch.float64
 
 

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from conversion import run
-from flashnorm.convert import convert
+from flashnorm.convert.whole import convert
 from flashnorm.errors import InputError
 from handmade import CHANNELS, Handmade, make, write
 

@@ -20,8 +20,9 @@ from flashnorm.models.cancelled import CancelledNorm, EndingNorm
 from flashnorm.models.status import folder_status
 from flashnorm.plan import Ending, Form
 from flashnorm.planning.cancelled import _why_not
-from flashnorm.verify import OutputsReport, verify_integrity
 from flashnorm.verify.float64 import float64_everywhere
+from flashnorm.verify.integrity import verify_integrity
+from flashnorm.verify.outputs_report import OutputsReport
 
 EPS = 0.05  # large enough to show
 
@@ -63,6 +64,7 @@ def drop(gemma4: Path) -> Path:
     return gemma4.parent / "drop"
 
 
+@pytest.mark.slow
 def test_the_exact_form_is_the_same_model(gemma4: Path, exact: Path) -> None:
     report = flashnorm.verify(gemma4, exact, weights_only=True)
     assert report.ok, str(report)

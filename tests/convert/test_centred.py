@@ -25,8 +25,9 @@ from flashnorm.means import centre, exact_sums
 from flashnorm.models.centred import CentredNorm
 from flashnorm.models.status import folder_status
 from flashnorm.plan import FoldPlan
-from flashnorm.verify import OutputsReport, verify_integrity
 from flashnorm.verify.float64 import float64_everywhere
+from flashnorm.verify.integrity import verify_integrity
+from flashnorm.verify.outputs_report import OutputsReport
 from handmade import content
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -71,6 +72,7 @@ def copy(out: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(out, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_it_is_the_same_model(gpt2: Path, out: Path) -> None:
     report = flashnorm.verify(gpt2, out)
     assert report.ok, str(report)

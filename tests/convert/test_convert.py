@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conversion import assert_folded, run, same_bits, tensors_of
 from flashnorm.arithmetic import fold_weight
-from flashnorm.convert import convert
 from flashnorm.convert import shards as shard
+from flashnorm.convert.whole import convert
 from flashnorm.errors import InputError
 from flashnorm.files import direct_io
 from flashnorm.plan import FoldPlan

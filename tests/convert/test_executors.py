@@ -134,6 +134,7 @@ with processes(2) as pool:
             time.sleep(0.05)
         assert not worker.exists() or worker.read_text().split()[2] == "Z"
 
+    @pytest.mark.slow
     def test_another_version(
         self, tmp_path: Path, source: Handmade, pool: Executor, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -115,6 +115,7 @@ class TestAnIndex:
         assert result.remarks == (f"{self.Q} is in {self.ONE} and {self.TWO}; {listed} counts, as {INDEX} names it",)
         assert [file for file in (self.ONE, self.TWO) if self.Q in load_file(result.target / file)] == [listed]
 
+    @pytest.mark.slow
     def test_decides_about_what_transformers_takes_too(self, tmp_path: Path) -> None:
         source = self.source(tmp_path / "source", self.TWO, torch.zeros_like)
         assert flashnorm.convert(source, tmp_path / "out", verify=True).report
@@ -124,6 +125,7 @@ class TestAnIndex:
         with pytest.raises(InputError, match=rf"Transformers loads that of {self.TWO}"):
             flashnorm.convert(source, tmp_path / "out")
 
+    @pytest.mark.slow
     def test_may_name_what_no_code_reads(self, tmp_path: Path) -> None:
         extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": self.ONE}
         source = self.source(tmp_path / "source", self.ONE, **extra)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashnorm.convert import convert_checkpoint
+from flashnorm.convert.whole import convert_checkpoint
 from flashnorm.files.staging import staging_folder
 from flashnorm.planning.tensors import GainUse, TensorFold
 from handmade import CHANNELS, OLD, Handmade, content, make, write
@@ -46,7 +46,7 @@ def run(source: Handmade, target: Path, force: bool) -> None:
 @pytest.mark.parametrize("force", [False, True], ids=["new target", "old target replaced"])
 def test_killed_at_any_moment(tmp_path: Path, source: Handmade, force: bool):
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["flashnorm.convert", "handmade"])
+    processes.set_forkserver_preload(["flashnorm.convert.whole", "handmade"])
 
     def start(target: Path) -> multiprocessing.process.BaseProcess:
         process = processes.Process(

@@ -14,13 +14,14 @@ import flashnorm
 import quantised
 import tiny
 from conversion import same_bits, tensors_of
-from flashnorm.convert import convert
+from flashnorm.convert.whole import convert
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.models.status import folder_status
 from flashnorm.plan import Kind
 from flashnorm.planning.planned import plan_checkpoint
-from flashnorm.verify import verify, verify_integrity
+from flashnorm.verify.integrity import verify_integrity
+from flashnorm.verify.whole import verify
 
 FINAL = "model.norm.weight"
 ATTENTION = "model.layers.0.input_layernorm.weight"
@@ -63,6 +64,7 @@ def test_the_reason_names_the_tensor_and_how_it_is_stored(tmp_path: Path):
 
 
 @pytest.mark.parametrize("make", [quantised.gpt_oss, quantised.fp8, quantised.fp8_experts])
+@pytest.mark.slow
 def test_outputs_of_what_transformers_dequantises(make: Callable[[Path], Path], tmp_path: Path):
     source, out = make(tmp_path / "source"), tmp_path / "out"
     convert(source, out)

@@ -18,7 +18,7 @@ from flashnorm.planning.planned import plan_checkpoint
 from handmade import OLD, content
 
 # `flashnorm.convert` is the function.
-CONVERT: Any = importlib.import_module("flashnorm.convert")
+CONVERT: Any = importlib.import_module("flashnorm.convert.whole")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,7 @@ def test_exit_status_of_a_difference(
     assert written.err == ""
 
 
+@pytest.mark.slow
 def test_as_json(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

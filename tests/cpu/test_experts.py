@@ -223,10 +223,10 @@ def test_rounding_chooses_another_expert_no_more_often_than_in_transformers() ->
         for layer in model.model.layers:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.gate.weight.data.copy_(torch.randn(9, 64, generator=generator))
-        oracle = logits(in_float64(model))
+        reference = logits(in_float64(model))
         plain, fused = logits(model), FusedDecoder(read_decoder(model)).extend(text(), len(text()))
         theirs, ours = (
-            count + int(((found - oracle).norm(dim=-1) > 0.05 * oracle.norm(dim=-1)).sum())
+            count + int(((found - reference).norm(dim=-1) > 0.05 * reference.norm(dim=-1)).sum())
             for count, found in ((theirs, plain), (ours, fused))
         )
     assert ours < theirs

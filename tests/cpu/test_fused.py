@@ -39,12 +39,12 @@ def test_logits(name: str, dtype: torch.dtype) -> None:
     model = build(name, dtype)
     if dtype != torch.float32:
         choose_all_experts(model)  # with few bits, rounding may choose another expert: see test_experts.py
-    oracle = logits(in_float64(model))
-    theirs = error(logits(model), oracle)
+    reference = logits(in_float64(model))
+    theirs = error(logits(model), reference)
     decoder = read_decoder(model)
     for instruction_set in native.instruction_sets():
         native.choose(instruction_set)
-        ours = error(fused_logits(FusedDecoder(decoder, threads=1)), oracle)
+        ours = error(fused_logits(FusedDecoder(decoder, threads=1)), reference)
         # float32 sums in another order; with fewer bits, deferred norms round less often than the model does.
         assert ours <= (1e-5 if dtype == torch.float32 else theirs), instruction_set
 
@@ -52,9 +52,9 @@ def test_logits(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "qwen2_moe, one layer dense"])
 def test_a_folded_model(name: str) -> None:
     model = build(name)
-    oracle = logits(in_float64(model))
+    reference = logits(in_float64(model))
     flashnorm.fold_(model)
-    assert error(fused_logits(FusedDecoder(read_decoder(model))), oracle) <= 1e-5
+    assert error(fused_logits(FusedDecoder(read_decoder(model))), reference) <= 1e-5
 
 
 def test_a_long_text_grows_the_cache_and_splits_it_among_threads() -> None:

@@ -178,14 +178,14 @@ def test_a_padded_batch(name: str, dtype: torch.dtype) -> None:
         return torch.cat(each)
 
     with torch.inference_mode():
-        oracle, theirs = run_without_padding(in_float64(model)), run(model)
+        reference, theirs = run_without_padding(in_float64(model)), run(model)
         ours = run(flashnorm.optimize(model))
     assert not torch.equal(ours, theirs)  # another order of sums
     if dtype == torch.float32:
-        assert error(ours, oracle) <= 1e-5
+        assert error(ours, reference) <= 1e-5
     else:
         # Attention, the residual stream and the head round as ever; the rest of a layer rounds less.
-        assert (ours - oracle).norm() <= 1.1 * (theirs - oracle).norm()
+        assert (ours - reference).norm() <= 1.1 * (theirs - reference).norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral with a window", "qwen3_moe, one layer dense"])
@@ -304,7 +304,6 @@ def test_weights_are_held_once() -> None:
     read = [tensor for tensor in decoder._keep if tensor.dim() == 2]
     assert len(read) == 7 * 3 + 1
     assert all(tensor.untyped_storage().data_ptr() in own for tensor in read)
-    assert decoder.weight_bytes == sum(tensor.numel() * 4 for tensor in read)
 
 
 def test_two_threads_at_once() -> None:

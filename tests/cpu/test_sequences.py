@@ -277,10 +277,10 @@ class Sequences(RuleBasedStateMachine):
             elif self.exact:
                 assert error(ours, theirs) <= 1e-4
             elif theirs.isfinite().all():
-                oracle = _logits(copy.deepcopy(self.plain).double(), ids)
+                reference = _logits(copy.deepcopy(self.plain).double(), ids)
                 bits = max(torch.finfo(parameter.dtype).eps for parameter in self.plain.parameters())
-                norm = oracle.norm()
-                assert (ours - oracle).norm() / norm <= 2 * (theirs - oracle).norm() / norm + 4 * bits
+                norm = reference.norm()
+                assert (ours - reference).norm() / norm <= 2 * (theirs - reference).norm() / norm + 4 * bits
 
 
 def _logits(model: Any, ids: Tensor) -> Any:

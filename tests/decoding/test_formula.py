@@ -1,5 +1,6 @@
 """The proof of the formula leaves the model alone, which may generate for somebody else at the same time."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -32,3 +33,9 @@ def test_the_model_is_not_changed_while_it_is_proven(name: str, monkeypatch: pyt
     assert model.config.to_dict() == config
     assert model.config._attn_implementation == attention
     assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_what_cannot_be_copied_is_shared() -> None:
+    model = build("llama")
+    vars(model)["busy"] = threading.Lock()
+    assert len(formula.read_decoder(model).layers) == len(model.model.layers)

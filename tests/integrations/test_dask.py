@@ -20,7 +20,7 @@ from conversion import run  # noqa: E402
 from flashnorm import workers  # noqa: E402
 from flashnorm.errors import InputError  # noqa: E402
 from flashnorm.files.reader import Checkpoint  # noqa: E402
-from flashnorm.verify import verify_weights  # noqa: E402
+from flashnorm.verify.weights import verify_weights  # noqa: E402
 from handmade import Handmade, content, make  # noqa: E402
 
 ROUNDS = int(os.environ.get("ROUNDS", "4"))

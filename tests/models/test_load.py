@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flashnorm
 import tiny
-from flashnorm.convert import convert_checkpoint
+from flashnorm.convert.whole import convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.models.status import folder_status
@@ -90,6 +90,7 @@ def test_loads_without_a_word(
     assert_same(loaded, model)
 
 
+@pytest.mark.slow
 def test_generates_and_saves_and_loads_again(converted: Path, model: PreTrainedModel, tmp_path: Path) -> None:
     loaded = flashnorm.load(converted)
     tokens = loaded.generate(tiny.ids(1), max_new_tokens=8, do_sample=False)

@@ -18,12 +18,11 @@ from flashnorm.planning.names import StoredNames, tensor_plan
 from flashnorm.planning.planned import plan_checkpoint
 from flashnorm.planning.tensors import BiasFold, GainUse, ShiftUse, TensorFold
 from flashnorm.trace.build import meta_model
-from flashnorm.trace.planner import plan_model
 
 
 def test_experts_that_the_module_stacks_are_named_one_by_one() -> None:
     model = meta_model(tiny.config("qwen3_moe", **tiny.EXPERTS))
-    names = tensor_plan(plan_model(model), StoredNames(model, ()))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, ()))
     norm = "model.layers.1.post_attention_layernorm.weight"
     folded = {name for name, fold in names.folds.items() if fold.gains[0].norm == norm}
     experts = {f"model.layers.1.mlp.experts.{i}.{part}_proj.weight" for i in range(4) for part in ("gate", "up")}
@@ -33,13 +32,13 @@ def test_experts_that_the_module_stacks_are_named_one_by_one() -> None:
 
 def test_experts_that_the_file_stacks_too_are_taken_as_they_are() -> None:
     model = meta_model(tiny.config("qwen3_moe", **tiny.EXPERTS))
-    names = tensor_plan(plan_model(model), StoredNames(model, [name for name, _ in model.named_parameters()]))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, [name for name, _ in model.named_parameters()]))
     assert names.folds["model.layers.1.mlp.experts.gate_up_proj"].axis == 2
 
 
 def test_names_that_transformers_renames() -> None:
     model = meta_model(tiny.config("mixtral", **tiny.EXPERTS))
-    names = tensor_plan(plan_model(model), StoredNames(model, ()))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, ()))
     assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in names.folds
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" not in names.folds
 
@@ -48,7 +47,7 @@ def test_names_that_transformers_renames() -> None:
 def test_a_checkpoint_without_the_base_models_prefix(strip: str, add: str) -> None:
     model = meta_model(tiny.config("llama"))
     tensors = [add + name.removeprefix(strip) for name, _ in model.named_parameters() if name != "lm_head.weight"]
-    names = tensor_plan(plan_model(model), StoredNames(model, tensors))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, tensors))
     expected = add + "model.layers.0.input_layernorm.weight".removeprefix(strip)
     assert expected in names.norms
     assert names.parameters[expected] == "model.layers.0.input_layernorm.weight"
@@ -62,7 +61,7 @@ def test_names_as_transformers_saves_them_decide_about_the_prefix() -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     tensors = list(revert_weight_conversion(model, state))
     assert {"model.layers.0.input_layernorm.weight", "visual.blocks.0.norm1.weight"} <= set(tensors)
-    names = tensor_plan(plan_model(model), StoredNames(model, tensors))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, tensors))
     assert names.norms.keys() | names.folds.keys() <= set(tensors) | {"lm_head.weight"}
 
 
@@ -70,7 +69,9 @@ def test_an_untied_head_copies_what_is_stored() -> None:
     config = tiny.config("qwen3", tie_word_embeddings=True)
     model = meta_model(config, untie=True)
     stored = [name for name, _ in meta_model(config).named_parameters()]
-    names = tensor_plan(plan_model(model), StoredNames(model, stored), {"lm_head.weight": "model.embed_tokens.weight"})
+    names = tensor_plan(
+        flashnorm.plan(model), StoredNames(model, stored), {"lm_head.weight": "model.embed_tokens.weight"}
+    )
     assert names.untied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert names.folds["lm_head.weight"].gains[0].norm == "model.norm.weight"
 
@@ -135,7 +136,7 @@ def _joined(model: PreTrainedModel, parts: list[str], dim: int = 0) -> None:
 def test_weights_that_are_stored_as_one_tensor_take_the_gain_once() -> None:
     model = meta_model(tiny.config("llama"))
     _joined(model, ["q_proj", "k_proj", "v_proj"])
-    names = tensor_plan(plan_model(model), StoredNames(model, ()))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, ()))
     tensor, norm = "model.layers.1.self_attn.joined.weight", "model.layers.1.input_layernorm.weight"
     assert names.folds[tensor] == TensorFold(1, (GainUse(norm, 0.0),))
     assert names.shapes[tensor] == (64 + 32 + 32, 64)
@@ -149,7 +150,7 @@ def test_weights_that_are_stored_as_one_tensor_take_the_gain_once() -> None:
 def test_what_is_stored_apart_is_taken_as_it_is_even_so() -> None:
     model = meta_model(tiny.config("llama"))
     _joined(model, ["q_proj", "k_proj", "v_proj"])
-    names = tensor_plan(plan_model(model), StoredNames(model, [name for name, _ in model.named_parameters()]))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, [name for name, _ in model.named_parameters()]))
     assert {"q_proj", "k_proj", "v_proj"} <= {name.split(".")[-2] for name in names.folds}
     assert not any("joined" in name for name in names.folds)
 
@@ -157,7 +158,7 @@ def test_what_is_stored_apart_is_taken_as_it_is_even_so() -> None:
 def test_biases_that_are_stored_as_one_tensor_take_the_norms_bias_once() -> None:
     model = meta_model(tiny.config("opt", ffn_dim=96, do_layer_norm_before=True, word_embed_proj_dim=64))
     _joined(model, ["q_proj", "k_proj", "v_proj"])
-    names = tensor_plan(plan_model(model), StoredNames(model, ()))
+    names = tensor_plan(flashnorm.plan(model), StoredNames(model, ()))
     layer = "model.decoder.layers.1.self_attn"
     shift = ShiftUse(f"{layer}_layer_norm.bias")
     assert names.biases[f"{layer}.joined.bias"] == BiasFold(f"{layer}.joined.weight", 1, (shift,))
@@ -166,7 +167,7 @@ def test_biases_that_are_stored_as_one_tensor_take_the_norms_bias_once() -> None
 def test_columns_of_a_joined_tensor_take_the_gain_alone() -> None:
     model = meta_model(tiny.config("llama"))
     _joined(model, ["o_proj", "q_proj"], dim=1)
-    fold = tensor_plan(plan_model(model), StoredNames(model, ())).folds["model.layers.0.self_attn.joined.weight"]
+    fold = tensor_plan(flashnorm.plan(model), StoredNames(model, ())).folds["model.layers.0.self_attn.joined.weight"]
     assert fold == TensorFold(1, (GainUse("model.layers.0.input_layernorm.weight", 0.0, ((64, 0, 64),)),))
 
 
@@ -174,7 +175,7 @@ def test_a_part_that_does_not_take_the_gain_is_not_multiplied() -> None:
     model = meta_model(tiny.config("llama"))
     _joined(model, ["o_proj", "q_proj"])
     with pytest.raises(InputError, match=r"expected all of .*joined.weight .*o_proj.weight does not"):
-        tensor_plan(plan_model(model), StoredNames(model, ()))
+        tensor_plan(flashnorm.plan(model), StoredNames(model, ()))
 
 
 def test_a_parameter_that_is_stored_in_two_places_of_one_tensor_is_refused() -> None:
@@ -191,7 +192,7 @@ def test_a_parameter_that_is_stored_in_two_places_of_one_tensor_is_refused() -> 
         WeightConverter(source_patterns="swapped", target_patterns="q_proj", operations=[Twice()])
     ]
     with pytest.raises(InputError, match=r"q_proj.weight, found that transformers hides it"):
-        tensor_plan(plan_model(model), StoredNames(model, ()))
+        tensor_plan(flashnorm.plan(model), StoredNames(model, ()))
 
 
 @pytest.mark.slow

@@ -73,3 +73,15 @@ def test_convert_untied(tmp_path: Path, counted: Counter[str]) -> None:
     counted.clear()
     flashnorm.convert(source, tmp_path / "out", untie=True)
     assert of(counted) == [1, 2, 2, 1]
+
+
+@pytest.mark.slow
+def test_convert_untied_and_verified(tmp_path: Path, counted: Counter[str]) -> None:
+    """As `convert`, and then as `verify`, which asks again whether the untied model computes the same."""
+    model = tiny.model(tiny.config("llama", tie_word_embeddings=True), torch.bfloat16)
+    source = tiny.save(tmp_path / "source", model)
+    counted.clear()
+    result = flashnorm.convert(source, tmp_path / "out", untie=True, verify=True)
+    assert result.report
+    assert result.report.ok
+    assert of(counted) == [3, 5, 5, 3]

@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flashnorm.convert import convert_checkpoint
 from flashnorm.convert import shards as shard
+from flashnorm.convert.whole import convert_checkpoint
 from flashnorm.errors import InputError
 from handmade import OLD, Handmade, content, make
 

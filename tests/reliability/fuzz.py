@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from flashnorm.convert import convert, convert_checkpoint
+from flashnorm.convert.whole import convert, convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.format import listed_norms
 from flashnorm.models.load import load
 from flashnorm.planning.planned import plan
-from flashnorm.verify import verify
 from flashnorm.verify.weights import verify_weights
+from flashnorm.verify.whole import verify
 from handmade import content, make
 
 SECONDS = {"reader": 5, "verify": 20, "plan": 120, "manifest": 60, "load": 60}

@@ -12,7 +12,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["flashnorm.files", "flashnorm.plan", "flashnorm.verify.manifest"]):
-    from flashnorm.convert import convert_checkpoint
+    from flashnorm.convert.whole import convert_checkpoint
     from flashnorm.errors import InputError
     from flashnorm.files.reader import Checkpoint
     from flashnorm.format import listed_norms

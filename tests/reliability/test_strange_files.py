@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save
 
 import tiny
-from flashnorm.convert import convert_checkpoint
 from flashnorm.convert.acceptance import check_places
+from flashnorm.convert.whole import convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.files.strict_json import MAX_BYTES, parse_object

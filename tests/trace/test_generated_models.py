@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import flashnorm
 from flashnorm.errors import InputError
 from flashnorm.models.in_memory import fold_
 from flashnorm.plan import Kind
-from flashnorm.trace.planner import plan_model, trace
+from flashnorm.trace.planner import trace
 from flashnorm.trace.solve import NOTHING_READS_IT
 
 NORMS = [name for name in OPERATIONS if "norm" in name]
@@ -44,7 +45,7 @@ def test_what_folds_leaves_the_output_unchanged(network: Network) -> None:
     try:
         folded = fold_(copy.deepcopy(network), (IDS,))
     except InputError:
-        assert not plan_model(network, (IDS,)).folds
+        assert not flashnorm.plan(network, (IDS,)).folds
         return
     assert difference(run(folded), before) <= 1e-12 * network.scale
 
@@ -55,7 +56,7 @@ def test_what_folds_leaves_the_output_unchanged(network: Network) -> None:
 def test_what_is_kept_cannot_be_folded(network: Network, seed: int) -> None:
     """Rescaling the gain, and all that reads it inversely, is what folding does. Here it must change the output."""
     before = run(network)
-    plan, records = plan_model(network, (IDS,)), trace(network, (IDS,)).records
+    plan, records = flashnorm.plan(network, (IDS,)), trace(network, (IDS,)).records
     for name, kept in plan.kept.items():
         if kept.kind is Kind.UNKNOWN:
             continue

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import flashnorm
 import tiny
 from flashnorm.plan import Linear
-from flashnorm.trace.planner import plan_model, trace
+from flashnorm.trace.planner import trace
 from flashnorm.trace.records import unknown
 from flashnorm.trace.solve import NOTHING_READS_IT, names_by_parameter, segments_of
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 def planned(block: type[Block]) -> flashnorm.FoldPlan:
-    return plan_model(block(), (torch.zeros(3, 4),))
+    return flashnorm.plan(block(), (torch.zeros(3, 4),))
 
 
 def test_every_weight_that_reads_the_norm_takes_its_gain() -> None:
@@ -137,8 +137,8 @@ def test_segments(channels: list[int], segments: tuple[tuple[int, int, int], ...
 def test_the_caller_s_inference_mode_changes_nothing() -> None:
     model = tiny.model(tiny.config("llama"))
     with torch.inference_mode():
-        inside = plan_model(model)
-    assert inside == plan_model(model)
+        inside = flashnorm.plan(model)
+    assert inside == flashnorm.plan(model)
 
 
 # --- a model that serves at the same time
@@ -198,7 +198,7 @@ def test_a_model_that_serves_meanwhile_does_not_notice(
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(nn.Linear, "forward", forward)
-    assert plan_model(model).folds
+    assert flashnorm.plan(model).folds
     assert len(looks) >= 15  # two layers of seven linears, and the head
     assert all(looks)
     assert before["settings"][0] == "sdpa"  # the planner traces plain operators instead
@@ -208,9 +208,9 @@ def test_a_model_that_serves_meanwhile_does_not_notice(
 
 def test_a_model_that_holds_a_lock_can_be_planned() -> None:
     model = tiny.model(tiny.config("llama"))
-    expected = plan_model(model)
+    expected = flashnorm.plan(model)
     vars(model)["busy"] = threading.Lock()
-    assert plan_model(model) == expected
+    assert flashnorm.plan(model) == expected
 
 
 def test_a_trace_notes_what_it_found_in_the_copy_by_the_model_s_names() -> None:

@@ -22,8 +22,8 @@ def logits(seed: int, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn(20, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def kl(oracle: torch.Tensor, run: torch.Tensor) -> float:
-    return float(kl_divergences(oracle, run).mean())
+def kl(reference: torch.Tensor, run: torch.Tensor) -> float:
+    return float(kl_divergences(reference, run).mean())
 
 
 def test_kl_is_the_definition() -> None:
@@ -38,24 +38,24 @@ def test_kl_of_equal_runs_is_zero_and_shifts_do_not_count() -> None:
 
 
 def test_tiny_kl_is_its_second_order_term() -> None:
-    """Where the usual formula is all cancellation: half the variance of the difference, under the oracle."""
-    oracle, step = logits(1), 1e-9 * logits(2)
-    p = oracle.softmax(-1)
+    """Where the usual formula is all cancellation: half the variance of the difference, under the reference."""
+    reference, step = logits(1), 1e-9 * logits(2)
+    p = reference.softmax(-1)
     variance = (p * (step - (p * step).sum(-1, keepdim=True)).square()).sum(-1).mean()
-    assert kl(oracle, oracle + step) == pytest.approx(float(variance) / 2, rel=1e-6)
+    assert kl(reference, reference + step) == pytest.approx(float(variance) / 2, rel=1e-6)
 
 
 def test_kl_with_masked_vocabulary() -> None:
-    oracle, run = logits(1), logits(2)
-    short = kl(oracle[:, :40], run[:, :40])
-    oracle[:, 40:] = run[:, 40:] = -math.inf
-    assert kl(oracle, run) == pytest.approx(short, rel=1e-12)
+    reference, run = logits(1), logits(2)
+    short = kl(reference[:, :40], run[:, :40])
+    reference[:, 40:] = run[:, 40:] = -math.inf
+    assert kl(reference, run) == pytest.approx(short, rel=1e-12)
 
 
 def test_kl_far_apart_is_finite() -> None:
-    oracle, run = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, -2000.0]], dtype=torch.float64)
-    assert kl(oracle, run) == pytest.approx(1000 - math.log(2))
-    assert kl(run, oracle) == pytest.approx(math.log(2))
+    reference, run = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, -2000.0]], dtype=torch.float64)
+    assert kl(reference, run) == pytest.approx(1000 - math.log(2))
+    assert kl(run, reference) == pytest.approx(math.log(2))
 
 
 def test_nan_is_not_hidden() -> None:
@@ -78,10 +78,10 @@ def test_differences_agreement_perplexity() -> None:
 
 
 def test_sensitivity_is_what_relative_noise_does_to_kl() -> None:
-    oracle = logits(1)
-    noise = torch.randn(100, *oracle.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    kls = [kl(oracle, oracle * (1 + 1e-4 * sample)) for sample in noise]
-    assert sum(kls) / len(kls) == pytest.approx(1e-8 / 2 * sensitivity(oracle), rel=0.05)
+    reference = logits(1)
+    noise = torch.randn(100, *reference.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    kls = [kl(reference, reference * (1 + 1e-4 * sample)) for sample in noise]
+    assert sum(kls) / len(kls) == pytest.approx(1e-8 / 2 * sensitivity(reference), rel=0.05)
 
 
 def test_standard_error_is_the_spread_of_means() -> None:
@@ -103,16 +103,16 @@ def test_a_typical_token_is_not_the_one_that_makes_the_mean() -> None:
 
 
 def test_relative_error() -> None:
-    oracle = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]])
+    reference = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 10.0]])
     run = torch.tensor([[3.0, 5.0], [0.0, 0.0], [0.0, 10.0]])
-    assert relative_error(oracle, run) == pytest.approx(0.2 / 3, rel=1e-12)
-    assert math.isnan(relative_error(oracle, run * math.nan))
+    assert relative_error(reference, run) == pytest.approx(0.2 / 3, rel=1e-12)
+    assert math.isnan(relative_error(reference, run * math.nan))
 
 
 def test_farthest_logits_come_first_one_for_each_token() -> None:
-    oracle = torch.zeros(3, 4)
-    run = oracle.clone()
+    reference = torch.zeros(3, 4)
+    run = reference.clone()
     run[0, 1], run[0, 2], run[2, 3] = 1.0, -2.0, 5.0
-    assert farthest(oracle, run, 2) == [(2, 3), (0, 2)]
+    assert farthest(reference, run, 2) == [(2, 3), (0, 2)]
     run[1, 1] = math.nan
-    assert farthest(oracle, run, 5) == [(1, 1), (2, 3), (0, 2)]
+    assert farthest(reference, run, 5) == [(1, 1), (2, 3), (0, 2)]

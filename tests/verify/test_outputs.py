@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
-from flashnorm.convert import convert
+from flashnorm.convert.whole import convert
 from flashnorm.cpu import ops
 from flashnorm.cpu.fused import FusedDecoder
 from flashnorm.cpu.kernels import native
@@ -24,7 +24,7 @@ from flashnorm.files.reader import Checkpoint
 from flashnorm.models.load import Loading
 from flashnorm.plan import FoldPlan
 from flashnorm.planning.planned import plan_checkpoint
-from flashnorm.verify import measures, outputs, verify
+from flashnorm.verify import measures, outputs
 from flashnorm.verify.as_loaded import loaded_model
 from flashnorm.verify.conversion import Conversion, Size
 from flashnorm.verify.measures import Greedy
@@ -32,6 +32,7 @@ from flashnorm.verify.outputs import verify_outputs
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.report import VerifyReport
 from flashnorm.verify.runs import Runner, needed_memory, source_loader
+from flashnorm.verify.whole import verify
 
 TINY = {
     "hidden_size": 64,
@@ -105,7 +106,7 @@ def test_healthy_conversions_pass(
     assert report.greedy
     assert len(report.greedy.source) == outputs.GREEDY_STEPS
     if dtype != torch.float64:
-        assert report.source.kl > 0  # the oracle is not the run itself
+        assert report.source.kl > 0  # the reference is not the run itself
         assert report.rounding.kl < report.source.kl
 
 
@@ -291,14 +292,14 @@ def test_untied_conversions_are_recognised(source: Callable[..., Path], tmp_path
 
 
 def test_infinite_numbers_are_json() -> None:
-    report = OutputsReport(oracle_perplexity=float("inf"))
+    report = OutputsReport(reference_perplexity=float("inf"))
     from flashnorm.verify.findings import Finding
     from flashnorm.verify.weights import WeightsReport
 
     conversion = Conversion(FoldPlan("llama"), Size(1, 2, 1, 0), Size(1, 2, 1, 0))
     weights = WeightsReport(0, 0, 0, 0, 0, 0, 0.0, (Finding("tensor", "a[b]", "is missing"),), 1)
     text = VerifyReport("source", "[bold]out", conversion, weights, report).to_json()
-    assert json.loads(text)["outputs"]["oracle_perplexity"] is None
+    assert json.loads(text)["outputs"]["reference_perplexity"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 import tiny
-from flashnorm.convert import convert
+from flashnorm.convert.whole import convert
 from flashnorm.errors import InputError
-from flashnorm.verify import VerifyReport, verify
 from flashnorm.verify.findings import Finding
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.page import check_page, html, write_page
 from flashnorm.verify.plots import error_by_depth, kl_by_token, rounding_errors
+from flashnorm.verify.report import VerifyReport
 from flashnorm.verify.returned import Errors, Returned, ReturnedReport
+from flashnorm.verify.whole import verify
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -135,7 +136,7 @@ def test_the_page_has_the_facts_of_the_report(report: VerifyReport) -> None:
     for fact in ("model.layers 0-2", "self_attn.q_proj.weight", "lm_head.weight", "self_attn.q_norm.weight"):
         assert fact in text
     assert text.count("stayed: it adds channels that carry different elements of the gain (aten.add,") == 2
-    assert f"{outputs(report).oracle_perplexity:.4f}" in text
+    assert f"{outputs(report).reference_perplexity:.4f}" in text
     for label in ("(nats)", "(tokens)", "units of the last place", "(layers;"):
         assert label in text
     assert "svg" in page.names

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import flashnorm
 import tiny
 from flashnorm.arithmetic import fold_weight, gain_of, largest_weights, overflowed
-from flashnorm.convert import convert_checkpoint
+from flashnorm.convert.whole import convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.files.records import file_record
@@ -128,6 +128,7 @@ def test_fused_projections_and_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
+@pytest.mark.slow
 def test_a_head_that_is_untied(tmp_path: Path, shard: str) -> None:
     model = build(tie_word_embeddings=True)
     enlarge(model, FINAL, 3000, "model.embed_tokens.weight", 60)
@@ -280,6 +281,7 @@ class TestVerify:
         (finding,) = compare(source, out).weights.findings
         assert finding.name == INPUT.format(1)
 
+    @pytest.mark.slow
     def test_convert_verifies_it(self, source: Path, tmp_path: Path) -> None:
         model = build()
         enlarge(model, INPUT.format(1), 3000, Q.format(1), 60)

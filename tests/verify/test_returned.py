@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 import tiny
-from flashnorm.convert import convert
+from flashnorm.convert.whole import convert
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.planning.planned import plan_checkpoint
-from flashnorm.verify import returned, verify_outputs
+from flashnorm.verify import returned
 from flashnorm.verify.divergence import vector_errors
 from flashnorm.verify.inputs import DRAWS, PIECES, CallWithNumbers, NotRunError, calls_with_numbers
+from flashnorm.verify.outputs import verify_outputs
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.returned import ReturnedReport, compare_returned
 from flashnorm.verify.runs import Runner, source_loader
@@ -167,27 +168,27 @@ def test_floating_arguments_take_the_dtype_of_the_run() -> None:
 
 
 def test_the_error_of_a_vector_is_relative_to_the_lengths_of_all() -> None:
-    oracle = torch.zeros(20, 4)
-    oracle[:, 0] = 2.0
-    run = oracle.clone()
+    reference = torch.zeros(20, 4)
+    reference[:, 0] = 2.0
+    run = reference.clone()
     run[3, 1] = 0.5
-    errors = vector_errors(oracle, run)
+    errors = vector_errors(reference, run)
     assert errors.shape == (20,)
     assert errors[3] == 0.25
     assert errors.sum() == 0.25
 
 
 def test_few_vectors_are_taken_number_by_number() -> None:
-    oracle = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    errors = vector_errors(oracle, oracle + torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
+    reference = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    errors = vector_errors(reference, reference + torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
     torch.testing.assert_close(errors, torch.tensor([0.2, 0, 0, 0], dtype=torch.float64))
 
 
 def test_infinity_must_stay_where_it_is() -> None:
-    oracle = torch.tensor([[1.0, -torch.inf, torch.nan]])
-    assert vector_errors(oracle, oracle.clone()).tolist() == [0, 0, 0]
+    reference = torch.tensor([[1.0, -torch.inf, torch.nan]])
+    assert vector_errors(reference, reference.clone()).tolist() == [0, 0, 0]
     for place, value in ((1, torch.inf), (1, 1.0), (2, 1.0), (0, torch.nan), (0, torch.inf)):
-        run = oracle.clone()
+        run = reference.clone()
         run[0, place] = value
-        assert vector_errors(oracle, run)[place] == torch.inf
-    assert vector_errors(oracle, oracle[:, :2]).tolist() == [torch.inf]
+        assert vector_errors(reference, run)[place] == torch.inf
+    assert vector_errors(reference, reference[:, :2]).tolist() == [torch.inf]

@@ -18,7 +18,7 @@ from torch import Tensor
 from toy_checkpoints import TWO_SHARDS_FOLDS, Converted, two_shards
 
 from flashnorm.arithmetic import fold_weight, gain_of
-from flashnorm.convert import convert_checkpoint
+from flashnorm.convert.whole import convert_checkpoint
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
 from flashnorm.planning.tensors import GainUse, TensorFold, TensorPlan

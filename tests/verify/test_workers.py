@@ -25,9 +25,9 @@ from architectures.configs import tiny_config
 from flashnorm import workers
 from flashnorm.errors import InputError
 from flashnorm.files.reader import Checkpoint
-from flashnorm.verify import verify
 from flashnorm.verify.part import compare_part_elsewhere, parts_by_file
 from flashnorm.verify.weights import verify_weights
+from flashnorm.verify.whole import verify
 from flashnorm.workers import processes
 
 Convert = Callable[..., Converted]
@@ -80,6 +80,7 @@ def test_the_report_is_that_of_one_process(tmp_path: Path, sharded: Path, chosen
     ("model_type", "damaged", "options"),
     [("gpt2", "c_proj.weight", {"center": True, "untie": True}), ("gemma4_text", "q_proj.weight", {"cancel": "exact"})],
 )
+@pytest.mark.slow
 def test_centred_and_cancelled_models(tmp_path: Path, model_type: str, damaged: str, options: dict[str, Any]) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     built = tiny.model(tiny_config(model_type), torch.bfloat16)

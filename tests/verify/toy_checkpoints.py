@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from any_order import AnyOrder
-from flashnorm.convert import convert_checkpoint
+from flashnorm.convert.whole import convert_checkpoint
 from flashnorm.files.reader import Checkpoint
 from flashnorm.plan import Fold, FoldPlan, Linear
 from flashnorm.planning.planned import PlannedCheckpoint

@@ -54,16 +54,8 @@ INDIFFERENT_SETTINGS = frozenset(
     {
         *("_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path", "_commit_hash"),
         *("use_cache", "return_dict", "output_hidden_states", "_output_attentions", "transformers_version"),
-        *(
-            "architectures",
-            "dtype",
-            "id2label",
-            "label2id",
-            "problem_type",
-            "flash_norm",
-            "flashnorm_folded",
-            "flashnorm",
-        ),
+        *("architectures", "dtype", "id2label", "label2id", "problem_type"),
+        *("flash_norm", "flashnorm_folded", "flashnorm"),  # of a folded model; the same as in `format.py`
     }
 )
 

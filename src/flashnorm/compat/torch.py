@@ -6,7 +6,7 @@ gets. The table in `trace/rules/` uses them directly, because it is a table of t
 
 import copy
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "calls_itself",
     "children",
     "compute_alone",
+    "copy_with",
     "flat",
     "forward_hooks",
     "has_hooks",
@@ -33,6 +34,7 @@ __all__ = [
     "surroundings",
     "tree_leaves",  # the leaves of what a module takes or returns: lists, dictionaries, Transformers' outputs, ...
     "tree_map",  # the same nesting, with a function applied to each leaf
+    "unsaved_buffers",
     "with_parameters",
     "without_modes",
     "written",
@@ -45,6 +47,44 @@ without_modes = _disable_current_modes
 def memory_of(tensor: Tensor) -> int:
     """A number that is equal for two tensors if and only if they share memory, also on the meta device."""
     return tensor.untyped_storage()._cdata
+
+
+def unsaved_buffers(module: nn.Module) -> Set[str]:
+    """The names of a module's own buffers that its state dict leaves out."""
+    return module._non_persistent_buffers_set
+
+
+def copy_with(model: nn.Module, tensors: Mapping[Tensor, Tensor]) -> nn.Module:
+    """A copy of a model with modules, configs and hooks of its own, and with other parameters and buffers.
+
+    Unlike `copy.deepcopy`, it copies a model that holds what cannot be copied: a lock, say, which both then have.
+
+    Args:
+        model: any module.
+        tensors: the model's parameters and buffers -> those of the copy. Other tensors are copied with their values.
+            Functions are not copied: one that refers to the original model may still reach the original's tensors.
+    """
+    states = {module: vars(module).copy() for module in model.modules()}
+    memo: dict[int, Any] = {id(tensor): other for tensor, other in tensors.items()}
+    memo |= {id(module): type(module).__new__(type(module)) for module in states}
+    for module, state in states.items():
+        vars(memo[id(module)]).update({name: _copied(value, memo) for name, value in state.items()})
+    return memo[id(model)]
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a value; a shallow copy if that fails (for a lock in it, say); the value itself if both fail."""
+    before = len(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        for half_a_copy in list(memo)[before:]:
+            del memo[half_a_copy]
+    try:
+        memo[id(value)] = copy.copy(value)
+    except Exception:
+        memo[id(value)] = value
+    return memo[id(value)]
 
 
 def is_mutable(operator: Any) -> bool:

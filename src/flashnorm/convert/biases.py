@@ -18,7 +18,7 @@ def new_bias(checkpoint: Checkpoint, tensors: TensorPlan, name: str) -> Tensor:
     Args:
         checkpoint: the source.
         tensors: the plan in the names of the source's tensors.
-        name: a tensor in `names.biases` (`c + W beta`) or `names.divided` (`beta / g`).
+        name: a tensor in `tensors.biases` (`c + W beta`) or `tensors.divided` (`beta / g`).
 
     Raises:
         InputError: the source cannot be read.

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from flashnorm.format import without_section
+from flashnorm.format import CARD_BEGIN, CARD_END, without_section
 
 TAGS = ("flashnorm", "weightless-rmsnorm")
 
@@ -107,11 +107,9 @@ def _section(
     keep_norms: bool,
     generates: bool,
 ) -> str:
-    source = f"`{base_model}`" if base_model else "the source model"
+    begin = CARD_BEGIN + (f"`{base_model}`" if base_model else "the source model")
     stored = "are stored at the value that changes nothing" if keep_norms else "have no weights any more"
-    return f"""# FlashNorm
-
-This is {source} with {norms} norm weights folded into the {linears} weight matrices that read them (FlashNorm,
+    return f"""{begin} with {norms} norm weights folded into the {linears} weight matrices that read them (FlashNorm,
 arXiv:2407.09577). Those norms {stored}; every folded weight is the exact product, rounded once.
 `config.json` names them (`flashnorm.weightless`), `flashnorm.json` says what went where, with a hash of every file.
 
@@ -128,7 +126,7 @@ What is different:
 - Adapters that were trained on the source do not fit; `flashnorm adapter` converts them. Neither does a draft head that
   reads the output of a folded norm.
 {_left_out(centred, cancelled)}{"" if keep_norms else _ABSENT}
-Written by flashnorm {version}.
+{CARD_END}{version}.
 """
 
 

@@ -50,7 +50,7 @@ class Job:
         check_names_differ(self.checkpoint.folder, [*made, *self.copies])
         self.options = options(
             self.keep_norms,
-            self.names.unties,
+            self.tensors.unties,
             self.planned.asked,
             bool(self.plan.centred.norms),
             self.plan.cancelled.form,
@@ -67,7 +67,7 @@ class Job:
         return self.planned.plan
 
     @property
-    def names(self) -> TensorPlan:
+    def tensors(self) -> TensorPlan:
         """The same plan in the names of the source's tensors."""
         return self.planned.tensors
 
@@ -76,7 +76,7 @@ class Job:
         return {
             "flashnorm_version": __version__,
             "plan": self.plan.to_dict(),
-            "names": asdict(self.names),
+            "names": asdict(self.tensors),
             "options": self.options,
             "source": {name: asdict(state) for name, state in self.checkpoint.states.items()},
         }
@@ -84,7 +84,7 @@ class Job:
     def part(self, name: str, staging: Staging) -> Part:
         """The task of writing a shard, by the plan as it is now."""
         if name not in self._parts:
-            self._parts[name] = part_of(self.checkpoint, self.names, name, self.keep_norms, staging)
+            self._parts[name] = part_of(self.checkpoint, self.tensors, name, self.keep_norms, staging)
         return self._parts[name]
 
     def take(self, name: str, done: Done, staging: Staging) -> None:
@@ -98,7 +98,7 @@ class Job:
 
     def keep_too_large(self, done: Done, staging: Staging) -> None:
         """Keep the norms that a shard cannot take, and forget the shards that this changes."""
-        reasons = {self.names.parameters.get(norm, norm): kept for norm, kept in done.too_large.items()}
+        reasons = {self.tensors.parameters.get(norm, norm): kept for norm, kept in done.too_large.items()}
         self.replaced.append(done.record)
         try:
             outdated = self.keep(reasons)
@@ -113,10 +113,12 @@ class Job:
         Raises:
             InputError: nothing is left to fold.
         """
-        before, self.planned = self.names, self.planned.keep(reasons)
+        before, self.planned = self.tensors, self.planned.keep(reasons)
         check_plan(self.planned)
         self._lay_out()
-        outdated = {self.checkpoint.tensors[before.untied.get(name, name)].file for name in before.changed(self.names)}
+        outdated = {
+            self.checkpoint.tensors[before.untied.get(name, name)].file for name in before.changed(self.tensors)
+        }
         for shard in outdated & self.written.keys():
             record = ShardRecord(self.read.pop(shard), self.written.pop(shard))
             if shard in self.resumed:
@@ -129,9 +131,9 @@ class Job:
         """Find out what the output's shards hold, by the plan as it is now."""
         self._parts: dict[str, Part] = {}
         headers = self.checkpoint.headers.items()
-        self.headers = {name: output_header(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
-        self.tensors = {name: output_tensors(head, self.names, keep_norms=self.keep_norms) for name, head in headers}
-        self.sizes = {name: len(self.headers[name]) + _nbytes(self.tensors[name]) for name in self.headers}
+        self.headers = {name: output_header(head, self.tensors, keep_norms=self.keep_norms) for name, head in headers}
+        self.outputs = {name: output_tensors(head, self.tensors, keep_norms=self.keep_norms) for name, head in headers}
+        self.sizes = {name: len(self.headers[name]) + _nbytes(self.outputs[name]) for name in self.headers}
 
     def write_small_files(self, staging: Staging) -> None:
         """Write everything but the weights. config.json comes last, as it makes a model of the folder."""
@@ -142,9 +144,9 @@ class Job:
             self.read[name] = self.written[name] = copy_file(folder / name, path)
         self._write(staging, CARD_FILE, self._card(summary=""))
         if self.checkpoint.index is not None:
-            self._write(staging, INDEX_FILE, updated_index(self.checkpoint, self.tensors))
+            self._write(staging, INDEX_FILE, updated_index(self.checkpoint, self.outputs))
         self.read[CONFIG_FILE] = file_record(folder / CONFIG_FILE)
-        config = updated_config(self.checkpoint, self.names, self.plan)
+        config = updated_config(self.checkpoint, self.tensors, self.plan)
         self.written[CONFIG_FILE] = FileRecord.of(config)
         self.written[MANIFEST_FILE] = write_file(staging.model / MANIFEST_FILE, self._manifest())
         self.checkpoint.check_unchanged()
@@ -170,7 +172,7 @@ class Job:
             base_model=self.source_id,
             version=__version__,
             norms=len(self.plan.folds),
-            linears=len(self.names.folds),
+            linears=len(self.tensors.folds),
             centred=len(self.plan.centred.norms),
             cancelled=len(self.plan.cancelled.norms),
             keep_norms=self.keep_norms,

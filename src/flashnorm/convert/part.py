@@ -33,7 +33,7 @@ class Part:
 
     Attributes:
         checkpoint: the source, but only this shard and what its new values depend on.
-        names: what becomes of the shard's tensors.
+        tensors: what becomes of the shard's tensors.
         shard: its file name.
         keep_norms: keep folded norm tensors, at their identity value.
         attempts: the folder to write into.
@@ -42,7 +42,7 @@ class Part:
     """
 
     checkpoint: Checkpoint
-    names: TensorPlan
+    tensors: TensorPlan
     shard: str
     keep_norms: bool
     attempts: Path
@@ -69,9 +69,9 @@ class Done:
 
 def part_of(checkpoint: Checkpoint, tensors: TensorPlan, shard: str, keep_norms: bool, staging: Staging) -> Part:
     """The task of writing one shard of a checkpoint, by a plan in the names of its tensors."""
-    names = tensors.about(checkpoint.headers[shard].tensors)
-    source = checkpoint.part([shard], names.read)
-    return Part(source, names, shard, keep_norms, staging.attempts, staging.model, staging.earlier(shard))
+    tensors = tensors.about(checkpoint.headers[shard].tensors)
+    source = checkpoint.part([shard], tensors.read)
+    return Part(source, tensors, shard, keep_norms, staging.attempts, staging.model, staging.earlier(shard))
 
 
 def write_part(part: Part, advance: Callable[[Path, int], object]) -> Done:
@@ -85,16 +85,16 @@ def write_part(part: Part, advance: Callable[[Path, int], object]) -> Done:
         InputError: the source cannot be read.
         OSError: the output cannot be written.
     """
-    checkpoint, names, path = part.checkpoint, part.names, part.model / part.shard
+    checkpoint, tensors, path = part.checkpoint, part.tensors, part.model / part.shard
     if part.earlier is not None and path.is_file() and file_record(path) == part.earlier.output:
         return Done(part.earlier, None, {})
     attempt = part.attempts / f"{part.shard}.{uuid.uuid4().hex}"
-    norms = {use.norm: checkpoint.read_tensor(use.norm) for fold in names.folds.values() for use in fold.gains}
-    overflows = Overflows(checkpoint, names)
-    bias, sums = partial(new_bias, checkpoint, names), partial(sums_over, checkpoint)
+    norms = {use.norm: checkpoint.read_tensor(use.norm) for fold in tensors.folds.values() for use in fold.gains}
+    overflows = Overflows(checkpoint, tensors)
+    bias, sums = partial(new_bias, checkpoint, tensors), partial(sums_over, checkpoint)
     header = checkpoint.headers[part.shard]
-    pieces = shard_pieces(header, names, norms, bias, sums, overflows.add, keep_norms=part.keep_norms)
-    beginning = output_header(header, names, keep_norms=part.keep_norms)
+    pieces = shard_pieces(header, tensors, norms, bias, sums, overflows.add, keep_norms=part.keep_norms)
+    beginning = output_header(header, tensors, keep_norms=part.keep_norms)
     try:
         record = write_shard(checkpoint.folder / part.shard, attempt, beginning, pieces, partial(advance, attempt))
         too_large = overflows.reasons(norms)

@@ -94,7 +94,7 @@ def shard_pieces(
 
     Args:
         norms: the stored weight of every norm that folds, `[n]`.
-        bias: computes the new value of a bias in `names.biases` or `names.divided`.
+        bias: computes the new value of a bias in `tensors.biases` or `tensors.divided`.
         sums: computes the exact sums of a source tensor over an axis, as `exact_sums` gives them.
         overflow: called while pieces are folded, with the tensor's name and the arguments of `ReportOverflow`.
     """

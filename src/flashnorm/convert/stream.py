@@ -31,8 +31,8 @@ from flashnorm.files.header import read_header
 from flashnorm.files.reader import Checkpoint, FileState
 from flashnorm.files.staging import ShardRecord, Staging, disk_errors, write_file
 from flashnorm.hub import Publication, check_login, commit_of, download, on_hub
-from flashnorm.plan import Form, Kept
-from flashnorm.planning.planned import plan_checkpoint
+from flashnorm.plan import Kept
+from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.verify.conversion import Conversion, Size
 from flashnorm.verify.findings import Findings
 from flashnorm.verify.outputs_report import OutputsReport
@@ -55,16 +55,12 @@ def stream(
     source: str | Path,
     repository: str,
     place: Path,
+    plan: Callable[[Checkpoint], PlannedCheckpoint],
     *,
     revision: str | None = None,
     subfolder: str = "",
     keep_norms: bool = False,
-    untie: bool = False,
-    keep: Sequence[str] = (),
-    center: bool = False,
-    cancel: Form | None = None,
     private: bool | None = None,
-    trust_remote_code: bool = False,
     progress: ProgressCallback = lambda done, total: None,
     stage: Callable[[str], object] = lambda words: None,
 ) -> ConvertResult:
@@ -74,7 +70,8 @@ def stream(
         source: the checkpoint's hub id.
         repository: hub id of the repository to upload to, which is made if it does not exist.
         place: the working folder lies beside this path, at which nothing appears.
-        revision, subfolder, keep_norms, untie, keep, center, cancel, private, trust_remote_code: as for `convert`.
+        plan: plans the source: `plan_checkpoint` with its options.
+        revision, subfolder, keep_norms, private: as for `convert`.
         progress: called with the bytes of the shards that are uploaded, and of all shards.
         stage: called with a few words when another stage begins.
 
@@ -94,9 +91,7 @@ def stream(
     with tempfile.TemporaryDirectory(prefix="flashnorm-") as folder, _errors_about(str(source), folder):
         checkpoint = open_whole(str(source), commit, subfolder, Path(folder))
         check_config(checkpoint)
-        planned = plan_checkpoint(
-            checkpoint, untie=untie, keep=keep, center=center, cancel=cancel, trust_remote_code=trust_remote_code
-        )
+        planned = plan(checkpoint)
         check_plan(planned)
         job = Job(planned, keep_norms, str(source), commit)
         place = Path(os.path.abspath(place))
@@ -228,12 +223,12 @@ class _Stream:
         path = self.staging.model / name
         header = read_header(path)
         written = Checkpoint(path.parent, {}, {name: header}, header.tensors, None, {name: FileState.of(path)})
-        names = self.job.names.about(self.job.checkpoint.headers[name].tensors)
-        source = self.job.checkpoint.part([name], names.read)
+        tensors = self.job.tensors.about(self.job.checkpoint.headers[name].tensors)
+        source = self.job.checkpoint.part([name], tensors.read)
         findings = Findings(PROBLEMS_IN_FULL)
-        pairs = pairs_of(source, written, names, findings)
-        check_norms(written, names, findings, source)
-        compared = compare_part(Part(source, written, tuple(pairs), names))
+        pairs = pairs_of(source, written, tensors, findings)
+        check_norms(written, tensors, findings, source)
+        compared = compare_part(Part(source, written, tuple(pairs), tensors))
         return compared + Compared(tensors=tuple(findings.kept))
 
     def _check(self, one: _Folded) -> None:
@@ -265,7 +260,7 @@ class _Stream:
                 self.job.resumed.add(name)
 
     def _take(self, name: str, record: ShardRecord, compared: Compared) -> None:
-        _leave_stand_in(self.staging.model / name, self.job.names.norms.keys())
+        _leave_stand_in(self.staging.model / name, self.job.tensors.norms.keys())
         self._compared[name] = compared
         self.job.read[name], self.job.written[name] = record.source, record.output
 

@@ -69,17 +69,6 @@ class FusedDecoder:
         self._cos, self._sin = decoder.tables(0, self._capacity)
 
     @property
-    def weight_bytes(self) -> int:
-        """Size in bytes of all weight matrices that a step of one token reads."""
-        numbers = self._decoder.head.numel()
-        for layer in self._decoder.layers:
-            for name in native.LINEARS:
-                if (matrix := getattr(layer, name)) is not None:
-                    read = layer.experts_per_token / len(matrix) if name in native.EXPERTS else 1
-                    numbers += round(matrix.numel() * read)
-        return numbers * self._decoder.head.dtype.itemsize
-
-    @property
     def lengths(self) -> list[int]:
         """The number of tokens of each sequence so far."""
         return self._lengths.tolist()

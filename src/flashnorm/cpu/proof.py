@@ -80,9 +80,9 @@ def _check_own_dtype(dtype: torch.dtype, own: Any, ours: Any, expected: dict[str
     """
     own, ours = own.to(dtype), ours.to(dtype)
     for name, how in _RUNS.items():
-        oracle = expected[name]
+        reference = expected[name]
         before = native.runs[native.AFTER_ATTENTION]
-        theirs, found = ((run(name, how, one) - oracle).norm() / oracle.norm() for one in (own, ours))
+        theirs, found = ((run(name, how, one) - reference).norm() / reference.norm() for one in (own, ours))
         if native.runs[native.AFTER_ATTENTION] == before:
             raise DifferentError(f"{name}, in {dtype}: expected its layers to reach the kernels, found its own code")
         if not found <= FARTHER * theirs + torch.finfo(dtype).eps:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
+from flashnorm.compat.torch import copy_with
 from flashnorm.decoding.decoder import Decoder, UnsupportedError
 from flashnorm.decoding.deferred import LayerWeights, decoder_layer, inverse_rms
 from flashnorm.decoding.structure import find_decoder, read_layer
@@ -41,7 +42,7 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     """
     decoder = find_decoder(model)
     _check_room(model, decoder)
-    shared = _sharing_weights(model)
+    shared: Any = copy_with(model, {tensor: tensor for tensor in (*model.parameters(), *model.buffers())})
     shared.set_attn_implementation("eager")
     shared_decoder = find_decoder(shared)
     _check_rotation(shared_decoder, shared.config.max_position_embeddings)
@@ -49,14 +50,6 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     _check_windows(shared, shared_decoder)
     _prove_surroundings(shared, shared_decoder)
     return decoder
-
-
-def _sharing_weights(model: Any) -> Any:
-    """A copy of a model with modules, config and hooks of its own, and with the model's own parameters and buffers."""
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    except Exception as error:
-        raise UnsupportedError(f"expected a model whose modules can be copied, found {error}") from error
 
 
 def _check_room(model: Any, decoder: Decoder) -> None:

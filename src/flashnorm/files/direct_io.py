@@ -27,6 +27,8 @@ from flashnorm.files.source_files import cannot_read, open_handle
 # A multiple of every logical block size in use (512 and 4096), and the size of a page.
 BLOCK = 4096
 
+_HASHED_AT_ONCE = 1 << 23  # bytes
+
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 _MINCORE = getattr(ctypes.CDLL(None), "mincore", None)
@@ -167,22 +169,21 @@ class DirectWriter:
         os.close(self._handle)
 
 
-def sha256_of(path: Path, limit: int = 1 << 23, advance: Callable[[int], object] | None = None) -> str:
+def sha256_of(path: Path, advance: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file, as hexadecimal text.
 
     Args:
         path: the file.
-        limit: bytes to read at a time.
         advance: called with the number of bytes that were hashed since the last call.
 
     Raises:
         InputError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    ring = buffers(1, limit)
+    ring = buffers(1, _HASHED_AT_ONCE)
     with DirectReader(path) as file:
-        for start in range(0, file.size, limit):
-            part = file.read(start, min(limit, file.size - start), next(ring))
+        for start in range(0, file.size, _HASHED_AT_ONCE):
+            part = file.read(start, min(_HASHED_AT_ONCE, file.size - start), next(ring))
             digest.update(part)
             if advance is not None:
                 advance(part.nbytes)

@@ -97,19 +97,6 @@ def _same_place(one: str, other: str) -> bool:
     return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
 
 
-def check_adapters(model: nn.Module) -> None:
-    """Refuse adapters of another model that read a folded norm. Almost free when there is no new adapter.
-
-    Args:
-        model: any model; nothing is checked unless `flashnorm.load` or `flashnorm.fold_` folded it.
-
-    Raises:
-        InputError: the model has such an adapter.
-    """
-    if (guard := getattr(vars(model).get("train"), "__self__", None)) is not None:
-        guard.check()
-
-
 def guard_adapters(
     model: nn.Module,
     plan: FoldPlan,

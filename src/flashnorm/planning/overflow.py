@@ -19,14 +19,14 @@ class Overflows:
 
     def __init__(self, checkpoint: Checkpoint, tensors: TensorPlan) -> None:
         self._checkpoint = checkpoint
-        self._names = tensors
+        self._tensors = tensors
         self._weights: dict[str, Tensor] = {}
 
     def add(self, tensor: str, channels: slice, weights: Tensor) -> None:
         """Take what `overflowed` found in some channels of a tensor."""
         if tensor not in self._weights:
-            shape = self._checkpoint.tensors[self._names.untied.get(tensor, tensor)].shape
-            self._weights[tensor] = torch.zeros(shape[self._names.folds[tensor].axis], dtype=weights.dtype)
+            shape = self._checkpoint.tensors[self._tensors.untied.get(tensor, tensor)].shape
+            self._weights[tensor] = torch.zeros(shape[self._tensors.folds[tensor].axis], dtype=weights.dtype)
         known = self._weights[tensor][channels]
         known.copy_(torch.where(known == 0, weights, known))
 
@@ -34,7 +34,7 @@ class Overflows:
         """Norm tensor -> why the norm must be kept. `norms` holds the stored weight of each norm, `[n]`."""
         reasons: dict[str, Kept] = {}
         for tensor, weights in self._weights.items():
-            reasons = too_large(tensor, self._names.folds[tensor].gains, norms, weights) | reasons
+            reasons = too_large(tensor, self._tensors.folds[tensor].gains, norms, weights) | reasons
         return reasons
 
 

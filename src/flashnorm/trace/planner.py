@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from flashnorm.compat.torch import tree_map
 from flashnorm.compat.transformers import plain_operators
 from flashnorm.errors import InputError, brief
-from flashnorm.plan import FoldPlan, Kept
+from flashnorm.plan import Kept
 from flashnorm.trace.inputs import Arguments, ExampleCall, ListsOfItems, MixedDevices, example_calls
 from flashnorm.trace.meta_copy import meta_copy
 from flashnorm.trace.records import Records, Use, unknown
 from flashnorm.trace.rules import GUESSES, Call, propagate
-from flashnorm.trace.solve import solve
 from flashnorm.trace.tracer import Tracer
 from flashnorm.trace.values import Value
 
@@ -34,30 +33,25 @@ class Analysis:
 GAINS = Analysis(propagate, Records)
 
 
-def plan_model(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> FoldPlan:
-    """Find out from a model's own forward which norm weights fold into which linear layers.
+@torch.inference_mode(False)
+def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None, analysis: Analysis = GAINS) -> Tracer:
+    """Run a model's forward under a tracer of an analysis.
 
     A copy of the model runs in evaluation mode on the meta device, whatever device the model is on: no weight is read,
     moved or copied. The model itself is not changed, so another thread may use it meanwhile.
-
-    Args:
-        model: any module; its parameters may be on the meta device.
-        inputs: positional arguments of its forward. None: the inputs of a Transformers model (`trace/inputs/`).
-
-    Raises:
-        InputError: the forward does not run on the meta device.
-    """
-    return solve(trace(model, inputs))
-
-
-@torch.inference_mode(False)
-def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None, analysis: Analysis = GAINS) -> Tracer:
-    """Run the model's forward under a tracer of an analysis; other arguments and errors as for `plan_model`.
 
     Without `inputs`, the model's methods that take images or audio run as well. A method that fails might have read any
     parameter that the forward leaves unread: no fold then involves such a parameter.
 
     Inference mode is turned off, as the tracer would see other operators in it.
+
+    Args:
+        model: any module; its parameters may be on the meta device.
+        inputs: positional arguments of its forward. None: the inputs of a Transformers model (`trace/inputs/`).
+        analysis: what to look for.
+
+    Raises:
+        InputError: the forward does not run on the meta device.
     """
     given = tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, inputs)
     forward, *others = example_calls(model) if given is None else [ExampleCall("forward", ({},), given)]

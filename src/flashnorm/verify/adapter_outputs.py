@@ -91,14 +91,14 @@ def compare_with_adapters(
     load_converted = _with(converted_loader(Loading.of(planned)), converted_adapter, result.folder)
     named = str(dtype).removeprefix("torch.")
     stage("the source with its adapter in float64, as the reference")
-    oracle = run.outputs(load_source, torch.float64, tokens, exact=True)
+    reference = run.outputs(load_source, torch.float64, tokens, exact=True)
     stage(f"the source with its adapter in {named}")
-    source = Run.of(oracle, run.outputs(load_source, dtype, tokens), tokens)
+    source = Run.of(reference, run.outputs(load_source, dtype, tokens), tokens)
     stage(f"the converted model with its adapter in {named}")
-    converted = Run.of(oracle, run.outputs(load_converted, dtype, tokens), tokens)
+    converted = Run.of(reference, run.outputs(load_converted, dtype, tokens), tokens)
     stage("the converted model with its adapter in float64")
-    rounding = Run.of(oracle, run.outputs(load_converted, torch.float64, tokens, exact=True), tokens)
-    floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle.logits)
+    rounding = Run.of(reference, run.outputs(load_converted, torch.float64, tokens, exact=True), tokens)
+    floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(reference.logits)
     asked = f"in float64, converted model and adapter are no farther from the reference than {named} takes the source"
     in_dtype = f"in {named}, they are at most {MAX_RATIO:g} times as far as the source"
     return AdapterOutputs(

@@ -1,6 +1,6 @@
 """How far the predictions of two runs are apart: small pure functions on logits, in float64.
 
-The parameter `oracle` is the reference run, the source in float64.
+`reference` is the reference run, the source in float64.
 """
 
 import math
@@ -14,20 +14,20 @@ from torch.nn.functional import cross_entropy
 _FEWEST_VECTORS = 16
 
 
-def kl_divergences(oracle: Tensor, run: Tensor) -> Tensor:
-    """Kullback-Leibler divergence `KL(oracle || run)` of each token, in nats; NaN if a logit is NaN.
+def kl_divergences(reference: Tensor, run: Tensor) -> Tensor:
+    """Kullback-Leibler divergence `KL(reference || run)` of each token, in nats; NaN if a logit is NaN.
 
     It is summed as `q - p - p log(q/p)`, whose terms are never negative. The terms of the plain `p log(p/q)` cancel,
     which leaves an error of about 1e-16, while two float32 runs are only about 1e-12 apart.
 
     Args:
-        oracle, run: logits, `[tokens, vocabulary]`, any floating dtype.
+        reference, run: logits, `[tokens, vocabulary]`, any floating dtype.
 
     Returns:
         `[tokens]`, float64.
     """
     sums = []
-    for p_logits, q_logits in zip(oracle, run, strict=True):  # a token at a time: the vocabulary is large
+    for p_logits, q_logits in zip(reference, run, strict=True):  # a token at a time: the vocabulary is large
         log_p, log_q = (logits.double().log_softmax(-1) for logits in (p_logits, q_logits))
         p, q, step = log_p.exp(), log_q.exp(), log_q - log_p
         terms = torch.where(step < 1, p * (torch.expm1(step) - step), q - p - p * step)
@@ -43,51 +43,53 @@ def differences(a: Tensor, b: Tensor) -> tuple[float, float]:
     )
 
 
-def relative_error(oracle: Tensor, run: Tensor) -> float:
+def relative_error(reference: Tensor, run: Tensor) -> float:
     """The norm of the error of a token's vector relative to the norm of the vector, averaged over tokens.
 
     Args:
-        oracle, run: `[tokens, hidden size]`.
+        reference, run: `[tokens, hidden size]`.
     """
-    oracle, run = oracle.double(), run.double()
-    error, length = (run - oracle).norm(dim=-1), oracle.norm(dim=-1)
+    reference, run = reference.double(), run.double()
+    error, length = (run - reference).norm(dim=-1), reference.norm(dim=-1)
     return float(torch.where(error == 0, 0.0, error / length).mean())
 
 
-def vector_errors(oracle: Tensor, run: Tensor) -> Tensor:
+def vector_errors(reference: Tensor, run: Tensor) -> Tensor:
     """The length of the error of each vector, relative to the root mean square length of the reference run's vectors.
 
     A reference run of fewer than 16 vectors is taken number by number, for a mean over something. Infinity and NaN must
     be the same in both runs; where they are not, the error is infinite.
 
     Args:
-        oracle, run: `[vectors, channels]`.
+        reference, run: `[vectors, channels]`.
 
     Returns:
         `[vectors]` or `[vectors * channels]`, float64.
     """
-    if oracle.shape != run.shape:
+    if reference.shape != run.shape:
         return torch.tensor([math.inf])
-    oracle, run = oracle.double(), run.double()
-    if len(oracle) < _FEWEST_VECTORS:
-        oracle, run = oracle.reshape(-1, 1), run.reshape(-1, 1)
-    finite = oracle.isfinite()
+    reference, run = reference.double(), run.double()
+    if len(reference) < _FEWEST_VECTORS:
+        reference, run = reference.reshape(-1, 1), run.reshape(-1, 1)
+    finite = reference.isfinite()
     same = finite == run.isfinite()
-    same &= finite | (oracle.isnan() & run.isnan()) | (oracle == run)
-    error = torch.where(finite, run - oracle, 0.0).norm(dim=-1)
-    length = torch.where(finite, oracle, 0.0).square().sum(-1).mean().sqrt()
+    same &= finite | (reference.isnan() & run.isnan()) | (reference == run)
+    error = torch.where(finite, run - reference, 0.0).norm(dim=-1)
+    length = torch.where(finite, reference, 0.0).square().sum(-1).mean().sqrt()
     relative = torch.where(error == 0, 0.0, error / length)
     return torch.where(same.all(-1), relative, math.inf)
 
 
-def farthest(oracle: Tensor, run: Tensor, count: int) -> list[tuple[int, int]]:
+def farthest(reference: Tensor, run: Tensor, count: int) -> list[tuple[int, int]]:
     """Where a run's logits are farthest from the reference: `(token, entry of the vocabulary)`, the farthest first.
 
     Args:
-        oracle, run: logits, `[tokens, vocabulary]`.
+        reference, run: logits, `[tokens, vocabulary]`.
         count: how many to return at most; each token gives at most one.
     """
-    largest = [(x.double() - y.double()).abs().nan_to_num(torch.inf).max(-1) for x, y in zip(oracle, run, strict=True)]
+    largest = [
+        (x.double() - y.double()).abs().nan_to_num(torch.inf).max(-1) for x, y in zip(reference, run, strict=True)
+    ]
     order = sorted(range(len(largest)), key=lambda token: -float(largest[token].values))
     return [(token, int(largest[token].indices)) for token in order[:count]]
 

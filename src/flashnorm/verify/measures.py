@@ -1,6 +1,6 @@
 """What is measured in a run of a model, and the criteria by which two models count as the same.
 
-`oracle` in a name is the reference run, the source in float64.
+All is measured against the reference run, the source in float64.
 """
 
 import math
@@ -51,16 +51,16 @@ class Run:
     depth: tuple[float, ...] = ()
 
     @staticmethod
-    def of(oracle: Outputs, run: Outputs, tokens: Tensor) -> "Run":
-        """Compare a run with the reference run `oracle`, both over `tokens`, `[tokens]`."""
-        largest, rms = differences(oracle.logits, run.logits)
-        by_token = kl_divergences(oracle.logits, run.logits)
-        states = zip((*oracle.hidden, oracle.logits), (*run.hidden, run.logits), strict=True)
+    def of(reference: Outputs, run: Outputs, tokens: Tensor) -> "Run":
+        """Compare a run with the reference run, both over `tokens`, `[tokens]`."""
+        largest, rms = differences(reference.logits, run.logits)
+        by_token = kl_divergences(reference.logits, run.logits)
+        states = zip((*reference.hidden, reference.logits), (*run.hidden, run.logits), strict=True)
         return Run(
             kl=float(by_token.mean()),
             largest_difference=largest,
             rms_difference=rms,
-            agreement=agreement(oracle.logits, run.logits),
+            agreement=agreement(reference.logits, run.logits),
             perplexity=perplexity(run.logits, tokens),
             kl_by_token=tuple(by_token.tolist()),
             depth=tuple(relative_error(expected, found) for expected, found in states),

@@ -1,7 +1,7 @@
 """Compares two causal language models on a text: their predictions in float64 and in their dtype, and greedy text.
 
 `verify_outputs` says which criteria must hold, and why. One model is in memory at a time. The source in float64 is the
-reference run (`oracle` in names).
+reference run.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,27 +67,27 @@ def compare_on_text(
         return comparable(run.outputs(load, dtype, tokens, exact=exact))
 
     stage("the source in float64, as the reference")
-    oracle = outputs(load_source, torch.float64, exact=True)
+    reference = outputs(load_source, torch.float64, exact=True)
     stage(f"the source in {short}")
     source_outputs = outputs(load_source, dtype)
-    source = Run.of(oracle, source_outputs, tokens)
+    source = Run.of(reference, source_outputs, tokens)
     stage(f"the converted model in {short}")
     converted_outputs = outputs(load_converted, dtype)
-    converted = Run.of(oracle, converted_outputs, tokens)
-    logits = _farthest_logits(oracle.logits, source_outputs.logits, converted_outputs.logits, tokens, tokenizer)
+    converted = Run.of(reference, converted_outputs, tokens)
+    logits = _farthest_logits(reference.logits, source_outputs.logits, converted_outputs.logits, tokens, tokenizer)
     as_loaded = AsLoaded("not run")
-    if fits(blank, dtype, 8 * oracle.logits.numel()):
+    if fits(blank, dtype, 8 * reference.logits.numel()):
         stage(f"the converted model as flashnorm.load gives it, in {short}")
         loaded, path = loaded_outputs(loading, dtype, tokens)
-        as_loaded = AsLoaded(path, Run.of(oracle, comparable(loaded), tokens))
+        as_loaded = AsLoaded(path, Run.of(reference, comparable(loaded), tokens))
         del loaded
     del source_outputs, converted_outputs
     dropped = dropped_eps(run, loading, tokens)
     stage("the converted model in float64")
-    rounding = Run.of(oracle, outputs(load_converted, torch.float64, exact=True), tokens)
-    oracle_perplexity = perplexity(oracle.logits, tokens)
-    floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(oracle.logits)
-    del oracle
+    rounding = Run.of(reference, outputs(load_converted, torch.float64, exact=True), tokens)
+    reference_perplexity = perplexity(reference.logits, tokens)
+    floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(reference.logits)
+    del reference
     stage("the source's greedy text, in float32")
     expected, expected_logits = run.continuation(load_source, prompt, steps)
 
@@ -103,7 +103,7 @@ def compare_on_text(
         dtype=short,
         streamed=run.streamed,
         tokens=len(tokens),
-        oracle_perplexity=oracle_perplexity,
+        reference_perplexity=reference_perplexity,
         source=source,
         converted=converted,
         rounding=rounding,
@@ -133,7 +133,7 @@ def _criteria(
 
 
 def _farthest_logits(
-    oracle: Tensor, source: Tensor, converted: Tensor, tokens: Tensor, tokenizer: Any
+    reference: Tensor, source: Tensor, converted: Tensor, tokens: Tensor, tokenizer: Any
 ) -> tuple[LogitDifference, ...]:
     def decoded(ids: Sequence[int]) -> str | None:
         return None if tokenizer is None else tokenizer.decode(ids)
@@ -142,11 +142,11 @@ def _farthest_logits(
         LogitDifference(
             position=position,
             token=entry,
-            oracle=float(oracle[position, entry]),
+            reference=float(reference[position, entry]),
             source=float(source[position, entry]),
             converted=float(converted[position, entry]),
             context=decoded(tokens[max(0, position - 7) : position + 1].tolist()),
             token_text=decoded([entry]),
         )
-        for position, entry in farthest(oracle, converted, LARGEST_DIFFERENCES)
+        for position, entry in farthest(reference, converted, LARGEST_DIFFERENCES)
     )

@@ -1,8 +1,8 @@
 """Verifies that a converted model computes the same as its source: both models run on a text.
 
 * Even two bf16 runs of one model differ, so runs are not compared with each other. Each is compared with the reference
-  run, the source in float64 (`oracle` in names). The source's own distance from it is the noise of the dtype, and the
-  converted model must stay within that noise.
+  run, the source in float64. The source's own distance from it is the noise of the dtype, and the converted model must
+  stay within that noise.
 * One model is in memory at a time. A model that does not fit in float64 is streamed from disk (`runs.py`).
 * Weights that are stored quantised are dequantised as they are loaded, where Transformers can do that.
 * A causal language model is compared by its predictions and its text (`on_text.py`), another model by all that it

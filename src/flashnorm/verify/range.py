@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,11 +20,13 @@ from flashnorm.files.reader import CONFIG_FILE, Checkpoint
 from flashnorm.format import listed_norms
 from flashnorm.plan import Kept, Kind
 from flashnorm.planning.overflow import too_large_reason
-from flashnorm.planning.planned import PlannedCheckpoint
 from flashnorm.planning.tensors import TensorFold, TensorPlan
 from flashnorm.verify.formats import FORMATS, Array, decode, nearest
 from flashnorm.verify.gains import ExactGain
 from flashnorm.verify.products import BLOCK
+
+if TYPE_CHECKING:  # it imports Transformers, which takes seconds, and workers need none
+    from flashnorm.planning.planned import PlannedCheckpoint
 
 PIECE = 8 << 20  # bytes
 
@@ -110,7 +112,7 @@ def _underflow(tag: str, weight: Array, stored: Array, gains: Array) -> Underflo
     return Underflow(values.size, int((values == 0).sum()), float(error.max(initial=0.0)))
 
 
-def without_too_large(planned: PlannedCheckpoint, result: Checkpoint) -> PlannedCheckpoint:
+def without_too_large(planned: "PlannedCheckpoint", result: Checkpoint) -> "PlannedCheckpoint":
     """The plan that a conversion must follow: a norm that it keeps is kept here too, if its product does not fit.
 
     Args:

@@ -147,7 +147,9 @@ def compare_returned(
         return model if run.streamed else model.double()
 
     stage("the source in float64, as the reference")
-    chosen, oracle = run.use(load_source, torch.float64, lambda model: _first_that_work(wide(model), calls), exact=True)
+    chosen, reference = run.use(
+        load_source, torch.float64, lambda model: _first_that_work(wide(model), calls), exact=True
+    )
 
     def outputs(load: Loader, dtype: torch.dtype, exact: bool = False) -> dict[str, Tensor]:
         def returned(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -160,8 +162,8 @@ def compare_returned(
                 raise InputError(
                     f"expected the converted model to run as its source does, found that {who} fails: {brief(error)}"
                 ) from error
-            if found.keys() != oracle.keys():
-                raise InputError(f"expected that all runs return {', '.join(oracle)}, found {', '.join(found)}")
+            if found.keys() != reference.keys():
+                raise InputError(f"expected that all runs return {', '.join(reference)}, found {', '.join(found)}")
             return found
 
         return run.use(load, dtype, returned, exact=exact)
@@ -174,7 +176,7 @@ def compare_returned(
     rounding = outputs(load_converted, torch.float64, exact=True)
     floor = max(torch.finfo(dtype).eps, FLOAT64_NOISE)
     returned = tuple(
-        _measured(name, oracle[name], source[name], converted[name], rounding[name], floor) for name in oracle
+        _measured(name, reference[name], source[name], converted[name], rounding[name], floor) for name in reference
     )
     return ReturnedReport(
         model_class=model_class,
@@ -235,11 +237,13 @@ def _tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}.{number}".lstrip("."))
 
 
-def _measured(name: str, oracle: Tensor, source: Tensor, converted: Tensor, rounding: Tensor, floor: float) -> Returned:
-    by_source, by_converted, by_rounding = (vector_errors(oracle, run) for run in (source, converted, rounding))
+def _measured(
+    name: str, reference: Tensor, source: Tensor, converted: Tensor, rounding: Tensor, floor: float
+) -> Returned:
+    by_source, by_converted, by_rounding = (vector_errors(reference, run) for run in (source, converted, rounding))
     return Returned(
         name,
-        oracle.numel(),
+        reference.numel(),
         *(Errors(float(one.mean()), typical_kl(one.tolist(), floor)) for one in (by_source, by_converted, by_rounding)),
         limits=(_limit(by_source, by_rounding, 1.0, floor), _limit(by_source, by_converted, MAX_RATIO, floor)),
     )

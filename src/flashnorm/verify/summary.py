@@ -1,5 +1,6 @@
 """A report as a few lines of Markdown, for a model card."""
 
+from flashnorm.format import VERIFIED_BEGIN, VERIFIED_END
 from flashnorm.verify.outputs_report import OutputsReport
 from flashnorm.verify.report import VerifyReport
 
@@ -12,8 +13,7 @@ def card_summary(report: VerifyReport) -> str:
     """
     weights, outputs, versions = report.weights, report.outputs, report.conversion.verified_with
     lines = [
-        "## Verified",
-        "",
+        VERIFIED_BEGIN,
         f"Compared with its source by flashnorm {versions['flashnorm']} (torch {versions['torch']}, transformers "
         f"{versions['transformers']}, {versions['machine']}) before it was published:",
         "",
@@ -30,7 +30,7 @@ def card_summary(report: VerifyReport) -> str:
         lines += [
             "",
             f"On {outputs.tokens} tokens, against the source in float64, whose perplexity is "
-            f"{outputs.oracle_perplexity:.4f}:",
+            f"{outputs.reference_perplexity:.4f}:",
             "",
             "| run | KL (nats a token) | same next token | perplexity |",
             "|---|---|---|---|",
@@ -49,5 +49,5 @@ def card_summary(report: VerifyReport) -> str:
             if run is not None
         ]
     lines += ["", "Not checked:", "", *(f"- {sentence[0].upper()}{sentence[1:]}." for sentence in report.unchecked)]
-    lines += ["", "`flashnorm verify SOURCE THIS_FOLDER` does it again.", ""]
+    lines += ["", VERIFIED_END]
     return "\n".join(lines)
