@@ -49,14 +49,18 @@ endif
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo check test browser test-executors test-vllm test-vllm-quick vllm-architectures test-evals evals architectures removable compatibility sanitize attack lint format bench clean
+.PHONY: demo check quick-tests test browser test-executors test-vllm test-vllm-quick vllm-architectures test-evals evals architectures removable compatibility sanitize attack lint format bench clean
 
 demo: $(DEMO_INSTALLED)
 	@echo "importing torch and transformers ..."
 	@$(BIN)/python examples/demo.py
 
-# What a change is checked with before each commit: all but the tests that are marked as slow.
-check: lint
+# What a change is checked with before each commit: all but the tests that are marked as slow. The linters, which have one
+# core busy, run beside the tests.
+check: $(INSTALLED)
+	@$(MAKE) --no-print-directory --jobs=2 lint quick-tests
+
+quick-tests: $(INSTALLED)
 	@$(PYTEST) -m "not slow"
 
 # With CI set, on a machine to be thrown away, the essentials run in vLLM as well, and a browser is installed for the test of the

@@ -1,8 +1,9 @@
 """What workers gain, where the time goes, and what a larger machine would take: measured parts, a model, a projection.
 
-* A synthetic checkpoint of 2 GB in 5 files, with random bf16 weights in Qwen3's shapes. `convert` and
-  `verify --weights-only` run with one and with two workers, and `cp -r` beside them: they take turns, with the source
-  in the page cache and without.
+* A synthetic checkpoint of 2 GB in files of about the same size, with random bf16 weights in Qwen3's shapes. `convert`
+  and `verify --weights-only` run with one and with two workers, and `cp -r` beside them. They take turns, with the
+  source in the page cache and without. One worker keeps about two cores busy, so it runs on a single core as well: what
+  two workers gain where there are cores enough is seen here only against that.
 * The parts: SHA-256 in one thread and in two, reading and writing, a process that has next to nothing to convert.
 * The model: seconds = max(bytes / disk, bytes / (cores x rate), bytes / network) + fixed. The rate of a core comes from
   the processor time of one process. Beside each measured time stands what the model says.
@@ -28,17 +29,19 @@ from pathlib import Path
 import convert as base
 
 GB = 1e9
+CORES = len(os.sched_getaffinity(0))
 SHAPE = "qwen3-workers"
 base.SHAPES[SHAPE] = {
+    "vocab_size": 32768,
     "hidden_size": 2048,
     "intermediate_size": 6144,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 16,
     "num_attention_heads": 16,
     "tie_word_embeddings": False,
 }
 SMALL = "qwen3-small"
 base.SHAPES[SMALL] = base.SHAPES[SHAPE] | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8}
-base.MAX_SHARD_BYTES = 500_000_000
+base.MAX_SHARD_BYTES = 250_000_000
 
 # What is put into the model: cores, disk in GB/s, network between hosts and disk in GB/s (None: the disk is local).
 MACHINES: list[tuple[str, int, float, float | None]] = [
@@ -129,12 +132,12 @@ def disk_rates(source: Path, out: Path) -> tuple[float, float, float]:
     return cold, cached, written
 
 
-def measure(work: Path, rounds: int) -> dict[tuple[str, int, bool], list[Run]]:
-    """(what, workers, warm) -> the runs. The contenders take turns."""
+def measure(work: Path, rounds: int) -> dict[tuple[str, int, int, bool], list[Run]]:
+    """(what, workers, cores, warm) -> the runs. The contenders take turns."""
     source, out, copy = work / SHAPE, work / "out", work / "copy"
-    results: dict[tuple[str, int, bool], list[Run]] = {}
+    results: dict[tuple[str, int, int, bool], list[Run]] = {}
 
-    def turn(what: str, workers: int, cached: bool) -> None:
+    def turn(what: str, workers: int, cores: int, cached: bool) -> None:
         for folder in (out, copy):
             if what != "verify" or folder == copy:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -145,14 +148,16 @@ def measure(work: Path, rounds: int) -> dict[tuple[str, int, bool], list[Run]]:
             "convert": command("convert", source, out, "--workers", str(workers), "--json"),
             "verify": command("verify", source, out, "--weights-only", "--workers", str(workers), "--json"),
         }
-        results.setdefault((what, workers, cached), []).append(run(*words[what]))
+        pinned = ("taskset", "--cpu-list", "0") if cores == 1 else ()
+        results.setdefault((what, workers, cores, cached), []).append(run(*pinned, *words[what]))
 
+    contenders = [(1, 1), (1, CORES), (2, CORES)]
     for number in range(rounds):
         for cached in (True, False) if number % 2 else (False, True):
-            turn("cp -r", 1, cached)
-            for workers in (1, 2) if number % 2 else (2, 1):
-                turn("convert", workers, cached)
-                turn("verify", workers, cached)
+            turn("cp -r", 1, CORES, cached)
+            for workers, cores in contenders if number % 2 else contenders[::-1]:
+                turn("convert", workers, cores, cached)
+                turn("verify", workers, cores, cached)
     return results
 
 
@@ -188,7 +193,8 @@ def report(work: Path, rounds: int) -> None:
     medians = {key: statistics.median(each.seconds for each in runs) for key, runs in results.items()}
     inner = {key: statistics.median(each.inner for each in runs) for key, runs in results.items()}
     rate = {
-        what: size / (statistics.median(each.processor for each in results[what, 1, True]) - fixed[what].processor)
+        what: size
+        / (statistics.median(each.processor for each in results[what, 1, CORES, True]) - fixed[what].processor)
         for what in fixed
     }
 
@@ -197,24 +203,22 @@ def report(work: Path, rounds: int) -> None:
         return max(disk, gigabytes / (cores * rate[what]), 2 * gigabytes / network if network else 0.0)
 
     print(f"\n{size:.2f} GB, {rounds} rounds, median (slowest) seconds of whole processes\n")
-    print("| | source | workers | seconds | ratio to `cp -r` | model says | without start and plan | one worker / it |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (what, workers, is_warm), runs in sorted(
-        results.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])
-    ):
-        seconds, slowest = medians[what, workers, is_warm], max(each.seconds for each in runs)
-        says = ""
+    print(
+        "| | source | workers | cores | seconds | ratio to `cp -r` | model says | without start and plan "
+        "| one worker on a core / it | one worker / it |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for key, runs in sorted(results.items(), key=lambda item: (item[0][0], item[0][3], item[0][1:3])):
+        what, workers, cores, is_warm = key
+        cells = [what, "cached" if is_warm else "cold", "", "", "", "", "", "", "", ""]
+        cells[4] = f"{medians[key]:.1f} ({max(each.seconds for each in runs):.1f})"
+        cells[5] = f"{medians[key] / medians['cp -r', 1, CORES, is_warm]:.2f}"
         if what in fixed:
-            reads = cached if is_warm else cold
-            busy = min(os.cpu_count() or 1, 2 * workers)
-            says = f"{model(what, size, busy, reads, written, None) + fixed[what].seconds:.1f}"
-        key = what, workers, is_warm
-        print(
-            f"| {what} | {'cached' if is_warm else 'cold'} | {workers if what in fixed else ''} | {seconds:.1f} "
-            f"({slowest:.1f}) | {seconds / medians['cp -r', 1, is_warm]:.2f} | {says} "
-            f"| {f'{inner[key]:.1f}' if what in fixed else ''} "
-            f"| {f'{inner[what, 1, is_warm] / inner[key]:.2f}' if workers > 1 else ''} |"
-        )
+            says = model(what, size, min(cores, 2 * workers), cached if is_warm else cold, written, None)
+            cells[2:4] = str(workers), str(cores)
+            cells[6:8] = f"{says + fixed[what].seconds:.1f}", f"{inner[key]:.1f}"
+            cells[8:] = (f"{inner[what, 1, among, is_warm] / inner[key]:.2f}" for among in (1, CORES))
+        print(f"| {' | '.join(cells)} |")
     print(
         "\nFitted: "
         + "; ".join(f"{what}: {rate[what]:.2f} GB/s a core, {fixed[what].seconds:.1f} s fixed" for what in fixed)
