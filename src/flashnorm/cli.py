@@ -218,44 +218,35 @@ def convert(
     from flashnorm.convert.whole import convert as run
     from flashnorm.progress import show_progress
 
+    options: dict[str, Any] = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "keep_norms": keep_norms,
+        "untie": untie,
+        "keep": keep or (),
+        "center": center,
+        "cancel": cancel,
+        "force": force,
+        "trust_remote_code": trust_remote_code,
+    }
     if look:
         from flashnorm.convert.dry_run import dry_run
 
         if out is None or stream:
             raise InputError("expected MODEL and OUT with --dry-run, and no --stream, found other arguments")
-        found = dry_run(
-            model,
-            out,
-            revision=revision,
-            subfolder=subfolder,
-            keep_norms=keep_norms,
-            untie=untie,
-            keep=keep or (),
-            center=center,
-            cancel=cancel,
-            force=force,
-            trust_remote_code=trust_remote_code,
-        )
+        found = dry_run(model, out, **options)
         print(found.to_json()) if as_json else _print_dry_run(found)
         return
     with show_progress("converting", json_progress) as shown:
         result = run(
             model,
             out,
-            revision=revision,
-            subfolder=subfolder,
-            keep_norms=keep_norms,
-            untie=untie,
-            keep=keep or (),
-            center=center,
-            cancel=cancel,
-            force=force,
+            **options,
             verify=verify,
             push_to_hub=push_to_hub,
             private=private or None,
             stream=stream,
             workers=workers,
-            trust_remote_code=trust_remote_code,
             progress=shown.bytes,
             stage=shown.stage,
         )

@@ -292,14 +292,14 @@ def test_untied_conversions_are_recognised(source: Callable[..., Path], tmp_path
 
 
 def test_infinite_numbers_are_json() -> None:
-    report = OutputsReport(reference_perplexity=float("inf"))
+    report = OutputsReport(oracle_perplexity=float("inf"))
     from flashnorm.verify.findings import Finding
     from flashnorm.verify.weights import WeightsReport
 
     conversion = Conversion(FoldPlan("llama"), Size(1, 2, 1, 0), Size(1, 2, 1, 0))
     weights = WeightsReport(0, 0, 0, 0, 0, 0, 0.0, (Finding("tensor", "a[b]", "is missing"),), 1)
     text = VerifyReport("source", "[bold]out", conversion, weights, report).to_json()
-    assert json.loads(text)["outputs"]["reference_perplexity"] is None
+    assert json.loads(text)["outputs"]["oracle_perplexity"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -136,7 +136,7 @@ def test_the_page_has_the_facts_of_the_report(report: VerifyReport) -> None:
     for fact in ("model.layers 0-2", "self_attn.q_proj.weight", "lm_head.weight", "self_attn.q_norm.weight"):
         assert fact in text
     assert text.count("stayed: it adds channels that carry different elements of the gain (aten.add,") == 2
-    assert f"{outputs(report).reference_perplexity:.4f}" in text
+    assert f"{outputs(report).oracle_perplexity:.4f}" in text
     for label in ("(nats)", "(tokens)", "units of the last place", "(layers;"):
         assert label in text
     assert "svg" in page.names

@@ -85,7 +85,7 @@ def compare_on_text(
     dropped = dropped_eps(run, loading, tokens)
     stage("the converted model in float64")
     rounding = Run.of(reference, outputs(load_converted, torch.float64, exact=True), tokens)
-    reference_perplexity = perplexity(reference.logits, tokens)
+    oracle_perplexity = perplexity(reference.logits, tokens)
     floor = rounding_noise(dtype) ** 2 / 2 * sensitivity(reference.logits)
     del reference
     stage("the source's greedy text, in float32")
@@ -103,7 +103,7 @@ def compare_on_text(
         dtype=short,
         streamed=run.streamed,
         tokens=len(tokens),
-        reference_perplexity=reference_perplexity,
+        oracle_perplexity=oracle_perplexity,
         source=source,
         converted=converted,
         rounding=rounding,
@@ -142,7 +142,7 @@ def _farthest_logits(
         LogitDifference(
             position=position,
             token=entry,
-            reference=float(reference[position, entry]),
+            oracle=float(reference[position, entry]),
             source=float(source[position, entry]),
             converted=float(converted[position, entry]),
             context=decoded(tokens[max(0, position - 7) : position + 1].tolist()),

@@ -15,13 +15,13 @@ class LogitDifference:
     Attributes:
         position: position in the text of the token whose successor the logit predicts.
         token: id of the predicted token.
-        reference, source, converted: the logit in the three runs.
+        oracle, source, converted: the logit in the three runs; `oracle` is the reference run.
         context, token_text: the text up to the position and the predicted token, if there is a tokenizer.
     """
 
     position: int
     token: int
-    reference: float
+    oracle: float
     source: float
     converted: float
     context: str | None = None
@@ -37,7 +37,7 @@ class OutputsReport:
         dtype: the checkpoint's dtype, in which both models were run.
         streamed: whether the weights came from disk, a module at a time.
         tokens: length of the text in tokens.
-        reference_perplexity: perplexity of the reference run, the source in float64.
+        oracle_perplexity: perplexity of the reference run, the source in float64.
         source, converted: the runs in the checkpoint's dtype.
         rounding: the run of the converted model in float64, which shows only the rounding of the folded weights.
         logits: the logits of the converted run that are farthest from the reference, at most one for each token.
@@ -51,7 +51,7 @@ class OutputsReport:
     dtype: str | None = None
     streamed: bool = False
     tokens: int = 0
-    reference_perplexity: float = math.nan
+    oracle_perplexity: float = math.nan
     source: Run | None = None
     converted: Run | None = None
     rounding: Run | None = None

@@ -140,7 +140,7 @@ def _outputs(report: OutputsReport | ReturnedReport) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for header in ("  run", "KL", "logits", "top-1", "perplexity"):
         table.add_column(header, justify="left" if header == "  run" else "right")
-    table.add_row("  source, float64", "", "", "", f"{report.reference_perplexity:.4f}")
+    table.add_row("  source, float64", "", "", "", f"{report.oracle_perplexity:.4f}")
     for name, run in (("source", report.source), ("converted", report.converted)):
         table.add_row(
             f"  {name}, {report.dtype}",

@@ -30,7 +30,7 @@ def card_summary(report: VerifyReport) -> str:
         lines += [
             "",
             f"On {outputs.tokens} tokens, against the source in float64, whose perplexity is "
-            f"{outputs.reference_perplexity:.4f}:",
+            f"{outputs.oracle_perplexity:.4f}:",
             "",
             "| run | KL (nats a token) | same next token | perplexity |",
             "|---|---|---|---|",
