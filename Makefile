@@ -49,7 +49,7 @@ endif
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo check quick-tests test browser test-executors test-vllm test-vllm-quick vllm-architectures test-evals evals architectures removable compatibility sanitize attack lint format bench clean
+.PHONY: demo check quick-tests test browser test-executors test-vllm test-vllm-quick vllm-architectures test-evals evals architectures removable compatibility sanitize test-arm attack lint format bench clean
 
 demo: $(DEMO_INSTALLED)
 	@echo "importing torch and transformers ..."
@@ -139,6 +139,20 @@ sanitize: $(INSTALLED)
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --kernels $(SANITIZED) tests/cpu/test_ops.py tests/cpu/test_fused.py tests/cpu/test_experts.py \
 		tests/cpu/test_sequences.py --sequences $(SEQUENCES)
+
+# The kernels for ARM, by a cross compiler and an emulator: against plain loops, without Python. What is missing of the two is
+# installed, as on Debian.
+ARM := aarch64-linux-gnu
+ARM_FOLDER := build/arm
+
+test-arm: $(INSTALLED)
+	@(command -v qemu-aarch64 && command -v $(ARM)-g++) > /dev/null || \
+		(apt-get update -qq && apt-get install -qq -y qemu-user g++-aarch64-linux-gnu > /dev/null)
+	@mkdir -p $(ARM_FOLDER)
+	@CXX=$(ARM)-g++ $(BIN)/python src/flashnorm/cpu/kernels/build.py $(ARM_FOLDER)/libflashnorm_kernels.so
+	@$(ARM)-g++ -O2 -std=c++20 -fopenmp -Wno-psabi -Isrc/flashnorm/cpu/kernels tests/cpu/plain/compare.cpp \
+		$(ARM_FOLDER)/libflashnorm_kernels.so -o $(ARM_FOLDER)/compare
+	@qemu-aarch64 -L /usr/$(ARM) -E LD_LIBRARY_PATH=$(ARM_FOLDER) $(ARM_FOLDER)/compare
 
 # Damaged files, failing disks, signals: hours, if RUNS is large.
 RUNS ?= 1000

@@ -9,7 +9,6 @@
 
 import itertools
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,7 @@ def build(target: Path = LIBRARY, flags: Sequence[str] = (), only_here: bool = F
         subprocess.CalledProcessError: the kernels do not compile; `stderr` says why.
     """
     compiler = os.environ.get("CXX", "c++")
-    sets = _X86 if platform.machine().lower() in ("x86_64", "amd64") else _OTHER
+    sets = _X86 if _target(compiler).startswith(("x86_64", "amd64")) else _OTHER
     if only_here and sets is _X86:
         sets = _on_this_machine(compiler, sets)
 
@@ -73,6 +72,11 @@ def build(target: Path = LIBRARY, flags: Sequence[str] = (), only_here: bool = F
         beside.write_bytes(linked.read_bytes())
         beside.replace(target)
     return target
+
+
+def _target(compiler: str) -> str:
+    """The machine that a compiler compiles for, such as `x86_64-linux-gnu`; for a cross compiler, not this one."""
+    return subprocess.run([compiler, "-dumpmachine"], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _on_this_machine(compiler: str, sets: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -212,20 +212,33 @@ struct Fp16 {
       const __m128i half = _mm256_cvtps_ph((__m256)v.part[p], _MM_FROUND_TO_NEAREST_INT);
       memcpy(to + p * kLanes, &half, sizeof half);
     }
+#elif defined(__aarch64__)
+    FOR_PARTS vst1_u16(to + p * kLanes, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v.part[p])));
 #else
     for (int i = 0; i < kBlock; ++i) to[i] = from_float(v.part[i / kLanes][i % kLanes]);
 #endif
   }
+  // By the bits, as not every compiler has a type for these numbers (GCC 11 has none, nor has GCC 12 for ARM).
   static float to_float(Element e) {
-    _Float16 h;
-    memcpy(&h, &e, 2);
-    return float(h);
+    const uint32_t size = e & 0x7fff;
+    if (size < 0x0400) return std::copysign(float(size) * 0x1p-24f, e & 0x8000 ? -1.0f : 1.0f);  // subnormal
+    const uint32_t bits = uint32_t(e & 0x8000) << 16 | ((size << 13) + (size < 0x7c00 ? 112u << 23 : 224u << 23));
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
   }
   static Element from_float(float f) {
-    _Float16 h = _Float16(f);
-    Element e;
-    memcpy(&e, &h, 2);
-    return e;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return uint16_t(sign | 0x7e00 | (size >> 13 & 0x3ff));  // stays NaN
+    if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);                        // rounds to infinity
+    if (size < 0x38800000) {  // subnormal: 0.5 has as many bits behind the point
+      const float half = std::fabs(f) + 0.5f;
+      memcpy(&bits, &half, 4);
+      return uint16_t(sign | (bits - 0x3f000000));
+    }
+    return uint16_t(sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13);
   }
   static Vec load(const Element* from) {
     Vec r;
