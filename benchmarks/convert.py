@@ -2,12 +2,13 @@
 
 * Synthetic checkpoints with the true configs and shapes of Qwen3-8B (16.4 GB in 5 files) and Qwen3-0.6B (1.2 GB, one
   file, tied), random bf16 weights, gains around 1.
-* The contenders take turns, `--rounds` times; before each turn the source's files are dropped from the page cache.
+* The contenders take turns, `--rounds` times. Before each turn the source's files are dropped from the page cache, or
+  with `--warm` read into it, as far as the memory goes.
 * Times are of whole processes, interpreter start and imports included; `cp` is timed with and without waiting for the
   disk, which `convert` always does.
 * Beside the small one runs the straightforward way: load all, fold, save, with Transformers.
 
-    python benchmarks/convert.py [--shape qwen3-8b|qwen3-0.6b] [--folder DIR] [--rounds N]
+    python benchmarks/convert.py [--shape qwen3-8b|qwen3-0.6b] [--folder DIR] [--rounds N] [--warm]
 """
 
 import argparse
@@ -199,6 +200,15 @@ def drop_from_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def read_into_cache(folder: Path) -> None:
+    """Write everything to the disk, and read these files."""
+    os.sync()
+    for path in folder.iterdir():
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -216,7 +226,7 @@ def machine() -> str:
     )
 
 
-def compare(shape: str, work: Path, rounds: int) -> None:
+def compare(shape: str, work: Path, rounds: int, warm: bool) -> None:
     """Make a checkpoint, let the contenders take turns, print the table."""
     source, copy, out = work / shape, work / f"{shape}-copy", work / f"{shape}-flashnorm"
     for folder in (source, copy, out):
@@ -228,7 +238,7 @@ def compare(shape: str, work: Path, rounds: int) -> None:
     results: dict[str, list[Run]] = {}
 
     def turn(name: str, *command: str | Path) -> Run:
-        drop_from_cache(source)
+        read_into_cache(source) if warm else drop_from_cache(source)
         results.setdefault(name, []).append(run(*command))
         return results[name][-1]
 
@@ -262,7 +272,8 @@ def compare(shape: str, work: Path, rounds: int) -> None:
     shutil.rmtree(source)
 
     reference = statistics.median(each.seconds for each in results["cp -r"])
-    print(f"\n{shape}: {nbytes / GB:.2f} GB, {rounds} rounds, median (slowest) seconds\n")
+    cached = ", the source in the page cache" if warm else ""
+    print(f"\n{shape}: {nbytes / GB:.2f} GB, {rounds} rounds{cached}, median (slowest) seconds\n")
     print("| | seconds | ratio to `cp -r` | GB/s | peak memory over `import torch` |")
     print("|---|---|---|---|---|")
     for name, runs in results.items():
@@ -281,6 +292,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="only this one")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"), help="where to work")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm", action="store_true", help="the page cache has the source")
     parser.add_argument("--make", action="store_true", help="only write the checkpoint, and leave it there")
     args = parser.parse_args()
     # Made in a process of its own: a child's peak memory includes its parent's at the fork.
@@ -290,7 +302,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     print(machine())
     for shape in [args.shape] if args.shape else SHAPES:
-        compare(shape, args.folder, args.rounds)
+        compare(shape, args.folder, args.rounds, args.warm)
 
 
 if __name__ == "__main__":

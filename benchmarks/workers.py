@@ -78,14 +78,6 @@ def command(*words: str | Path) -> tuple[str | Path, ...]:
     return sys.executable, "-c", base.FLASHNORM, *words
 
 
-def warm(folder: Path) -> None:
-    """Read a folder into the page cache."""
-    for path in folder.iterdir():
-        with path.open("rb", buffering=0) as file:
-            while file.read(1 << 24):
-                pass
-
-
 def hash_rates(block: bytes) -> tuple[float, float]:
     """GB/s of SHA-256 in one thread, and in two at once."""
 
@@ -118,7 +110,7 @@ def disk_rates(source: Path, out: Path) -> tuple[float, float, float]:
 
     base.drop_from_cache(source)
     cold = reading()
-    warm(source)
+    base.read_into_cache(source)
     cached = reading()
     started = time.monotonic()
     with DirectWriter(out) as file:
@@ -142,7 +134,7 @@ def measure(work: Path, rounds: int) -> dict[tuple[str, int, int, bool], list[Ru
             if what != "verify" or folder == copy:
                 shutil.rmtree(folder, ignore_errors=True)
         for folder in (source, *([out] if what == "verify" else [])):
-            warm(folder) if cached else base.drop_from_cache(folder)
+            base.read_into_cache(folder) if cached else base.drop_from_cache(folder)
         words: dict[str, tuple[str | Path, ...]] = {
             "cp -r": ("cp", "-r", source, copy),
             "convert": command("convert", source, out, "--workers", str(workers), "--json"),
