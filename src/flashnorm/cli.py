@@ -503,7 +503,7 @@ def generate(
     """Continue a text, or answer in a chat, and print it as it is generated. How fast it was is said at the end."""
     from flashnorm.models.load import load, load_tokenizer
     from flashnorm.models.status import status
-    from flashnorm.models.writing import Choice, Writer
+    from flashnorm.models.writing import Choice, TextWriter
 
     if system_prompt is not None and not chat:
         raise InputError("expected --chat with --system-prompt, found none")
@@ -513,7 +513,7 @@ def generate(
     if (runs := status(model)).generate is not None:
         print(f"flashnorm: the model runs {runs.in_words}", file=sys.stderr)
     tokenizer = load_tokenizer(out, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
-    writer = Writer(model, tokenizer, choice, max_new_tokens, stop or ())
+    writer = TextWriter(model, tokenizer, choice, max_new_tokens, stop or ())
     if not chat:
         assert text is not None
         with _remarks():

@@ -11,14 +11,14 @@ import torch
 
 import flashnorm
 from flashnorm.integrations.vllm import compare
-from flashnorm.integrations.vllm.compare import Run, agreement
+from flashnorm.integrations.vllm.compare import Predictions, agreement
 from integrations.conftest import needs_vllm, smollm2, vllm_environment
 
 FIRST = {"1": math.log(0.5), "2": math.log(0.25), "3": math.log(0.125)}
 
 
 def test_the_same() -> None:
-    found = agreement(Run([FIRST, FIRST], [[1, 2]]), Run([FIRST, FIRST], [[1, 2]]))
+    found = agreement(Predictions([FIRST, FIRST], [[1, 2]]), Predictions([FIRST, FIRST], [[1, 2]]))
     assert found == compare.Agreement(2, 2, 2, 0.0, 0.0, 0.0, 1, 1)
     assert found.ok
 
@@ -26,7 +26,7 @@ def test_the_same() -> None:
 def test_differences() -> None:
     """The divergence of three probabilities and the rest, by its formula; the second place is the same."""
     other = {"1": math.log(0.25), "2": math.log(0.5), "4": math.log(0.2)}
-    found = agreement(Run([FIRST, FIRST], [[1, 2], [3]]), Run([other, FIRST], [[1, 2], [4]]))
+    found = agreement(Predictions([FIRST, FIRST], [[1, 2], [3]]), Predictions([other, FIRST], [[1, 2], [4]]))
     assert (found.tokens, found.same_best, found.among_best) == (2, 1, 2)
     assert (found.continuations, found.same_continuations) == (2, 1)
     expected = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.5)  # of all others, both have a quarter
@@ -45,7 +45,7 @@ def test_differences() -> None:
     ],
 )
 def test_another_model(other: dict[str, float]) -> None:
-    assert not agreement(Run([FIRST], []), Run([other], [])).ok
+    assert not agreement(Predictions([FIRST], []), Predictions([other], [])).ok
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

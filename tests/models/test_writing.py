@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import flashnorm
 import tiny
 from flashnorm.errors import InputError
-from flashnorm.models.writing import Choice, Writer
+from flashnorm.models.writing import Choice, TextWriter
 from forked import Commands, assert_refused, forked_commands
 
 TEMPLATE = (
@@ -134,7 +134,7 @@ def test_it_stops_after_a_text_and_on_the_fused_kernels(
     model, tokenizer = flashnorm.load(out), PreTrainedTokenizerFast.from_pretrained(out)
     words = expected(out, "w1 w2", 8)
     stop = words[2]
-    written = Writer(model, tokenizer, Choice(), 8, (*stops[:-1], stop)).continue_text("w1 w2")
+    written = TextWriter(model, tokenizer, Choice(), 8, (*stops[:-1], stop)).continue_text("w1 w2")
     assert written.text.split() == words[: words.index(stop) + 1]
     assert capsys.readouterr().out.split() == ["w1", "w2", *written.text.split()]
     assert not caplog.records, "the fused loop ran"
@@ -162,7 +162,7 @@ def test_a_chat_without_a_template_or_with_one_that_refuses(out: Path) -> None:
     model, tokenizer = flashnorm.load(out), PreTrainedTokenizerFast.from_pretrained(out)
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(InputError, match="no system, please"):
-        Writer(model, tokenizer, Choice(), 3).answer([{"role": "user", "content": "w1"}])
+        TextWriter(model, tokenizer, Choice(), 3).answer([{"role": "user", "content": "w1"}])
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="a chat template, found none; leave out --chat"):
-        Writer(model, tokenizer, Choice(), 3).answer([{"role": "user", "content": "w1"}])
+        TextWriter(model, tokenizer, Choice(), 3).answer([{"role": "user", "content": "w1"}])

@@ -160,7 +160,7 @@ class FusedDecoder:
 
 def _point_to(layer: native.Layer, keys: Tensor, values: Tensor) -> None:
     layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-    layer.cache_bytes = min(native.memory_of(keys), native.memory_of(values))
+    layer.cache_bytes = min(native.bytes_from(keys), native.bytes_from(values))
 
 
 def _cached(decoder: Decoder) -> tuple[object, ...]:

@@ -72,7 +72,7 @@ class Written:
         return f"{self.tokens} tokens; the first after {self.first:.2f} s (a prompt of {self.prompt} tokens){rate}"
 
 
-class Writer:
+class TextWriter:
     """Writes with a model to standard output.
 
     Args:

@@ -204,7 +204,7 @@ def linear(weight: Tensor, bias: Tensor | None, keep: list[Tensor]) -> Linear:
     """A `Linear` that points to weights `[..., outputs, inputs]` and to a float32 copy of the bias."""
     weight = weight.contiguous().flatten(0, -2)
     keep.append(weight)
-    return Linear(weight.data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0], memory_of(weight))
+    return Linear(weight.data_ptr(), address(bias, keep), weight.shape[1], weight.shape[0], bytes_from(weight))
 
 
 def address(values: Tensor | None, keep: list[Tensor], offset: float = 0.0) -> int | None:
@@ -215,7 +215,7 @@ def address(values: Tensor | None, keep: list[Tensor], offset: float = 0.0) -> i
     return keep[-1].data_ptr()
 
 
-def memory_of(tensor: Tensor) -> int:
+def bytes_from(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its storage, which may have been resized."""
     return int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
 

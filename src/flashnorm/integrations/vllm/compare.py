@@ -42,7 +42,7 @@ Best = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Run:
+class Predictions:
     """What a model says in vLLM.
 
     Attributes:
@@ -84,7 +84,7 @@ class Agreement:
         return self.among_best == self.tokens and math.isfinite(self.largest) and math.isfinite(self.largest_kl)
 
 
-def agreement(first: Run, second: Run) -> Agreement:
+def agreement(first: Predictions, second: Predictions) -> Agreement:
     """Compare two runs on the same text; raises `ValueError` if they are of different lengths."""
     places = list(zip(first.best, second.best, strict=True))
     tops = [(max(a, key=a.__getitem__), max(b, key=b.__getitem__)) for a, b in places]
@@ -147,17 +147,17 @@ def compare(
     return {f"{' '.join(a)}, {' '.join(b)}": agreement(runs[a], runs[b]) for a, b in pairs}
 
 
-def _run(folder: str, dtype: str, ids: Sequence[int], options: Mapping[str, Any]) -> Run:
+def _run(folder: str, dtype: str, ids: Sequence[int], options: Mapping[str, Any]) -> Predictions:
     """`measure` in a process of its own, because vLLM does not give back all that it takes."""
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--measure", folder, folder]
     command += ["--dtype", dtype, "--vllm", json.dumps(options)]
     ended = subprocess.run(command, input=json.dumps(ids), capture_output=True, text=True, check=False)
     if ended.returncode:
         raise InputError(f"{folder}: expected vLLM to run it in {dtype}, found {ended.stderr[-2000:]}")
-    return Run(**json.loads(ended.stdout.splitlines()[-1]))
+    return Predictions(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def measure(folder: str, dtype: str, ids: Sequence[int], options: Mapping[str, Any]) -> Run:
+def measure(folder: str, dtype: str, ids: Sequence[int], options: Mapping[str, Any]) -> Predictions:
     """Run a model in vLLM, in this process."""
     from vllm import LLM, SamplingParams
 
@@ -170,7 +170,7 @@ def measure(folder: str, dtype: str, ids: Sequence[int], options: Mapping[str, A
     (read,) = llm.generate([{"prompt_token_ids": list(ids)}], told, use_tqdm=False)
     parts = [{"prompt_token_ids": list(ids[: len(ids) * part // PARTS])} for part in range(1, PARTS + 1)]
     answers = llm.generate(parts, SamplingParams(max_tokens=CONTINUED, **greedy), use_tqdm=False)
-    return Run(
+    return Predictions(
         # The token that the text goes on with is told as well, whatever its rank.
         best=[{str(token): one.logprob for token, one in place.items() if one.rank <= TOP}
               for place in read.prompt_logprobs[1:]],
