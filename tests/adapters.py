@@ -58,6 +58,7 @@ EXACT_KINDS: dict[str, tuple[str, Make]] = {
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
         ),
     ),
+    "all layers of experts": ("qwen3_moe", lambda: peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")),
     "transposed experts": (
         "gpt_oss",
         lambda: peft.LoraConfig(
@@ -197,7 +198,11 @@ ROWS: dict[str, list[str]] = {
         *("lora", "all linears", "rslora", "patterns", "one layer", "offset gains", "alora", "fused", "mla"),
         *("norm biases", "norm biases, Conv1D", "norm biases that stay", "images as well", "replicated layers"),
     ],
-    "LoRA of experts and other parameters (`target_parameters`)": ["experts", "transposed experts"],
+    "LoRA of experts and other parameters (`target_parameters`)": [
+        "experts",
+        "all layers of experts",
+        "transposed experts",
+    ],
     "LoRA of an embedding": ["embedding"],
     "LoRA of the output head": ["head", "tied head"],
     "LoRA initialised by EVA, MiCA, or orthogonally": ["eva", "orthogonal"],

@@ -316,10 +316,7 @@ class _Planner:
         PEFT nests its wrappers of a module's parameters in the order in which the module has them, the first innermost.
         """
         targets = [str(target) for target in self._config.get("target_parameters") or ()]
-        modules = {target.rpartition(".")[0] for target in targets}
         for name, module in self._places.planned.model.named_modules():
-            if not any(name == end or name.endswith(f".{end}") for end in modules):
-                continue
             own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
             found = [one for one in own if any(one == target or one.endswith(f".{target}") for target in targets)]
             for number, parameter in enumerate(found):
