@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
@@ -124,7 +125,7 @@ class Elsewhere(Generic[Task, Result]):
         except Exception as failure:
             raise self._of_executor(name, failure) from failure
         if error is not None:
-            raise error from RuntimeError(trace)
+            raise error from (RuntimeError(trace) if trace else None)
         return name, value
 
     def __enter__(self) -> "Elsewhere[Task, Result]":
@@ -165,7 +166,20 @@ def perform(version: str, call: bytes) -> bytes:
     except InputError as error:
         return pickle.dumps((None, InputError(f"{error} (found on {place})"), ""))
     except Exception as error:
+        if _is_lack_of_memory(error):
+            error = InputError(
+                f"{place}: expected memory for a worker, found too little ({brief(error)}); give each worker more, or "
+                "start fewer of them, and run the same command again"
+            )
+            return pickle.dumps((None, error, ""))
         return pickle.dumps((None, error, f"on {place}:\n{traceback.format_exc()}"))
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # For which Python has no error of its own: there is no room for the thread's stack.
+    return isinstance(error, MemoryError) or str(error) == "can't start new thread"
 
 
 @contextlib.contextmanager

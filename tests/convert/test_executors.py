@@ -1,5 +1,6 @@
 """Shards that workers write: the bytes are those of one process, whatever becomes of the workers."""
 
+import json
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -155,6 +157,23 @@ with processes(2) as pool:
                 flashnorm.convert(tmp_path / "source", tmp_path / "out", executor=pool)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("megabytes", [0, 20], ids=["no thread", "no buffers"])
+    def test_too_little_memory(self, tmp_path: Path, source: Handmade, megabytes: int) -> None:
+        with processes(1, "flashnorm.convert.part") as pool:
+            pool.submit(confined, megabytes << 20).result()
+            with pytest.raises(
+                InputError, match=r"process \d+: expected memory.*start fewer of them, and run the same"
+            ):
+                run(source, tmp_path / "out", executor=pool)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_an_executor_that_takes_nothing(self, tmp_path: Path, source: Handmade) -> None:
+        executor = ThreadPoolExecutor(1)
+        executor.shutdown()
+        with pytest.raises(InputError, match=r"the executor failed.*after shutdown"):
+            run(source, tmp_path / "out", executor=executor)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
     def test_an_error_of_the_source_names_the_worker(self, tmp_path: Path, source: Handmade, pool: Executor) -> None:
         with Staging(tmp_path / "out", {}) as staging:
             checkpoint = source.open()
@@ -224,6 +243,12 @@ def limited(nbytes: int) -> None:
     time.sleep(0.3)
 
 
+def confined(nbytes: int) -> None:
+    """Let the process have so much more memory than it has now."""
+    size = psutil.Process().memory_info().vms + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+
 def killed(journal: Path) -> None:
     """Die as by the system, once a shard is finished."""
     while not journal.exists():
@@ -237,7 +262,10 @@ def test_the_command(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source", max_shard_size="40KB")
     flashnorm.convert(tmp_path / "source", tmp_path / "one")
     command = [sys.executable, "-m", "flashnorm", "convert", str(tmp_path / "source"), str(tmp_path / "out")]
-    ended = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, check=False)
+    command += ["--workers", "2", "--json-progress"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended
-    assert not ended.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    last = json.loads(ended.stderr.splitlines()[-1])
+    assert (last["stage"], last["bytes"], last["total"], last["seconds_left"]) == ("converting", size, size, 0)
     assert content(tmp_path / "out") == content(tmp_path / "one")
