@@ -194,7 +194,12 @@ def team(
         parts: how many tasks there are.
         nbytes: how many bytes they read.
         module: what their tasks import.
+
+    Raises:
+        InputError: both an executor and other processes are asked for.
     """
+    if executor is not None and workers not in (1, None):
+        raise InputError("expected an executor or a number of workers, found both; leave one of them out")
     if executor is not None or workers == 1:
         yield executor
         return
