@@ -95,7 +95,7 @@ class Elsewhere(Generic[Task, Result]):
         self._asked: dict[str, tuple[Task, Future[bytes]]] = {}
 
     def ask(self, name: str, task: Task) -> None:
-        """Let a task be done. Raises `InputError` if the executor does not take it."""
+        """Let a task be done. Raises `InputError` if the executor does not take it, or is none."""
         known = self._asked.get(name)
         if known is not None:
             if known[0] == task:
@@ -105,6 +105,11 @@ class Elsewhere(Generic[Task, Result]):
             future = self._executor.submit(perform, __version__, pickle.dumps((self._function, task)))
         except Exception as error:
             raise self._of_executor(name, error) from error
+        if not isinstance(future, Future):  # of a dask Client, say, and not of its `get_executor()`
+            raise InputError(
+                "expected an executor of concurrent.futures, whose `submit` gives its futures, found a "
+                f"{type(self._executor).__qualname__}, whose `submit` gives a {type(future).__qualname__}"
+            )
         self._asked[name] = task, future
 
     def next(self) -> tuple[str, Result]:

@@ -174,6 +174,18 @@ with processes(2) as pool:
             run(source, tmp_path / "out", executor=executor)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
+    def test_what_is_no_executor(self, tmp_path: Path, source: Handmade) -> None:
+        """As a dask Client, whose futures are its own."""
+
+        class Client:
+            def submit(self, *args: Any) -> object:
+                return object()
+
+        client: Any = Client()
+        with pytest.raises(InputError, match=r"expected an executor of concurrent.futures.*found a .*Client, whose"):
+            run(source, tmp_path / "out", executor=client)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
     def test_an_executor_and_workers(self, tmp_path: Path) -> None:
         tiny.model(tiny.config("llama")).save_pretrained(tmp_path / "source")
         with ThreadPoolExecutor(1) as executor, pytest.raises(InputError, match="found both; leave one of them out"):
