@@ -120,6 +120,22 @@ class TestFailures:
         assert not list(staging_folder(tmp_path / "out").glob("attempts-*"))
         assert self.assert_repeated(source, tmp_path / "out") in (1, 2)
 
+    def test_an_interrupt(self, tmp_path: Path, source: Handmade, pool: Executor) -> None:
+        """Ctrl-C on a terminal goes to the workers as well, which leave it to the first process."""
+        workers = {pool.submit(os.getpid).result() for _ in range(4)}
+
+        def interrupt(done: int, total: int) -> None:
+            if (staging_folder(tmp_path / "out") / "journal.json").exists():
+                for worker in workers:
+                    os.kill(worker, signal.SIGINT)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", executor=pool, progress=interrupt)
+        assert not (tmp_path / "out").exists()
+        assert not list(staging_folder(tmp_path / "out").glob("attempts-*"))
+        assert self.assert_repeated(source, tmp_path / "out", executor=pool) == 1
+
     def test_workers_end_when_the_conversion_is_killed(self, tmp_path: Path) -> None:
         script = """
 import os, signal
