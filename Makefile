@@ -23,7 +23,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 EVALS_VENV := .venv-evals
 EVALS_INSTALLED := $(EVALS_VENV)/.installed
 
-# dask, which drags in two dozen packages.
+# dask, which drags in two dozen packages, and an MPI.
 EXECUTORS_VENV := .venv-executors
 EXECUTORS_INSTALLED := $(EXECUTORS_VENV)/.installed
 
@@ -84,7 +84,7 @@ vllm-architectures: $(VLLM_INSTALLED)
 ROUNDS ?= 4
 
 test-executors: $(EXECUTORS_INSTALLED)
-	@OMP_NUM_THREADS=1 ROUNDS=$(ROUNDS) $(EXECUTORS_VENV)/bin/python -m pytest tests/integrations/test_dask.py tests/convert/test_executors.py tests/verify/test_workers.py
+	@OMP_NUM_THREADS=1 ROUNDS=$(ROUNDS) $(EXECUTORS_VENV)/bin/python -m pytest tests/integrations/test_dask.py tests/integrations/test_mpi.py tests/convert/test_executors.py tests/verify/test_workers.py
 
 test-evals: $(EVALS_INSTALLED)
 	@OMP_NUM_THREADS=1 $(EVALS_VENV)/bin/python -m pytest tests/integrations/test_lm_eval.py
@@ -240,7 +240,7 @@ $(SWEEP_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 $(EXECUTORS_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	@echo "setting up $(EXECUTORS_VENV) ..."
 	@test -x $(EXECUTORS_VENV)/bin/python || $(PYTHON) -m venv $(EXECUTORS_VENV)
-	@$(EXECUTORS_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dask]' pytest hypothesis filelock
+	@$(EXECUTORS_VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dask]' pytest hypothesis filelock mpi4py mpich
 	@touch $@
 
 $(DOCS_INSTALLED): docs/requirements.txt

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
@@ -94,7 +95,7 @@ class Elsewhere(Generic[Task, Result]):
         self._asked: dict[str, tuple[Task, Future[bytes]]] = {}
 
     def ask(self, name: str, task: Task) -> None:
-        """Let a task be done. Raises `InputError` if the executor does not take it."""
+        """Let a task be done. Raises `InputError` if the executor does not take it, or is none."""
         known = self._asked.get(name)
         if known is not None:
             if known[0] == task:
@@ -104,6 +105,11 @@ class Elsewhere(Generic[Task, Result]):
             future = self._executor.submit(perform, __version__, pickle.dumps((self._function, task)))
         except Exception as error:
             raise self._of_executor(name, error) from error
+        if not isinstance(future, Future):  # of a dask Client, say, and not of its `get_executor()`
+            raise InputError(
+                "expected an executor of concurrent.futures, whose `submit` gives its futures, found a "
+                f"{type(self._executor).__qualname__}, whose `submit` gives a {type(future).__qualname__}"
+            )
         self._asked[name] = task, future
 
     def next(self) -> tuple[str, Result]:
@@ -124,7 +130,7 @@ class Elsewhere(Generic[Task, Result]):
         except Exception as failure:
             raise self._of_executor(name, failure) from failure
         if error is not None:
-            raise error from RuntimeError(trace)
+            raise error from (RuntimeError(trace) if trace else None)
         return name, value
 
     def __enter__(self) -> "Elsewhere[Task, Result]":
@@ -165,7 +171,20 @@ def perform(version: str, call: bytes) -> bytes:
     except InputError as error:
         return pickle.dumps((None, InputError(f"{error} (found on {place})"), ""))
     except Exception as error:
+        if _is_lack_of_memory(error):
+            error = InputError(
+                f"{place}: expected memory for a worker, found too little ({brief(error)}); give each worker more, or "
+                "start fewer of them, and run the same command again"
+            )
+            return pickle.dumps((None, error, ""))
         return pickle.dumps((None, error, f"on {place}:\n{traceback.format_exc()}"))
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # For which Python has no error of its own: there is no room for the thread's stack.
+    return isinstance(error, MemoryError) or str(error) == "can't start new thread"
 
 
 @contextlib.contextmanager
@@ -180,7 +199,12 @@ def team(
         parts: how many tasks there are.
         nbytes: how many bytes they read.
         module: what their tasks import.
+
+    Raises:
+        InputError: both an executor and other processes are asked for.
     """
+    if executor is not None and workers not in (1, None):
+        raise InputError("expected an executor or a number of workers, found both; leave one of them out")
     if executor is not None or workers == 1:
         yield executor
         return

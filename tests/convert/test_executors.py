@@ -1,5 +1,6 @@
 """Shards that workers write: the bytes are those of one process, whatever becomes of the workers."""
 
+import json
 import os
 import resource
 import signal
@@ -7,10 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -118,6 +120,22 @@ class TestFailures:
         assert not list(staging_folder(tmp_path / "out").glob("attempts-*"))
         assert self.assert_repeated(source, tmp_path / "out") in (1, 2)
 
+    def test_an_interrupt(self, tmp_path: Path, source: Handmade, pool: Executor) -> None:
+        """Ctrl-C on a terminal goes to the workers as well, which leave it to the first process."""
+        workers = {pool.submit(os.getpid).result() for _ in range(4)}
+
+        def interrupt(done: int, total: int) -> None:
+            if (staging_folder(tmp_path / "out") / "journal.json").exists():
+                for worker in workers:
+                    os.kill(worker, signal.SIGINT)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", executor=pool, progress=interrupt)
+        assert not (tmp_path / "out").exists()
+        assert not list(staging_folder(tmp_path / "out").glob("attempts-*"))
+        assert self.assert_repeated(source, tmp_path / "out", executor=pool) == 1
+
     def test_workers_end_when_the_conversion_is_killed(self, tmp_path: Path) -> None:
         script = """
 import os, signal
@@ -156,6 +174,41 @@ with processes(2) as pool:
                 flashnorm.convert(tmp_path / "source", tmp_path / "out", executor=pool)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("megabytes", [0, 20], ids=["no thread", "no buffers"])
+    def test_too_little_memory(self, tmp_path: Path, source: Handmade, megabytes: int) -> None:
+        with processes(1, "flashnorm.convert.part") as pool:
+            pool.submit(confined, megabytes << 20).result()
+            with pytest.raises(
+                InputError, match=r"process \d+: expected memory.*start fewer of them, and run the same"
+            ):
+                run(source, tmp_path / "out", executor=pool)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_an_executor_that_takes_nothing(self, tmp_path: Path, source: Handmade) -> None:
+        executor = ThreadPoolExecutor(1)
+        executor.shutdown()
+        with pytest.raises(InputError, match=r"the executor failed.*after shutdown"):
+            run(source, tmp_path / "out", executor=executor)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_what_is_no_executor(self, tmp_path: Path, source: Handmade) -> None:
+        """As a dask Client, whose futures are its own."""
+
+        class Client:
+            def submit(self, *args: Any) -> object:
+                return object()
+
+        client: Any = Client()
+        with pytest.raises(InputError, match=r"expected an executor of concurrent.futures.*found a .*Client, whose"):
+            run(source, tmp_path / "out", executor=client)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_an_executor_and_workers(self, tmp_path: Path) -> None:
+        tiny.model(tiny.config("llama")).save_pretrained(tmp_path / "source")
+        with ThreadPoolExecutor(1) as executor, pytest.raises(InputError, match="found both; leave one of them out"):
+            flashnorm.convert(tmp_path / "source", tmp_path / "out", executor=executor, workers=2)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
     def test_an_error_of_the_source_names_the_worker(self, tmp_path: Path, source: Handmade, pool: Executor) -> None:
         with Staging(tmp_path / "out", {}) as staging:
             checkpoint = source.open()
@@ -175,6 +228,55 @@ with processes(2) as pool:
             (checkpoint.folder if what == "source" else staging.attempts).rename(tmp_path / "elsewhere")
             with pytest.raises(InputError, match=r"found (nothing|none); source and target must be on file systems"):
                 write_part_elsewhere(task)
+
+    def test_nothing_is_left_of_a_run_whose_worker_does_not_see_the_source(
+        self, tmp_path: Path, source: Handmade
+    ) -> None:
+        class OnAnotherHost(ThreadPoolExecutor):
+            def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+                source.folder.rename(tmp_path / "elsewhere")
+                try:
+                    wait([future := super().submit(fn, *args, **kwargs)])
+                finally:
+                    (tmp_path / "elsewhere").rename(source.folder)
+                return future
+
+        with OnAnotherHost(1) as executor, pytest.raises(InputError, match="found nothing; source and target must be"):
+            run(source, tmp_path / "out", executor=executor)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_hosts_whose_clocks_differ(self, tmp_path: Path, source: Handmade) -> None:
+        """The source is of tomorrow, and what a worker has written is of the year 2001 or of tomorrow."""
+        tomorrow, times = time.time() + 86400, iter([1e9, time.time() + 86400, 1e9])
+        for path in source.folder.iterdir():
+            os.utime(path, (tomorrow, tomorrow))
+
+        class OtherClocks(ThreadPoolExecutor):
+            def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+                wait([future := super().submit(fn, *args, **kwargs)])
+                at = next(times)
+                for path in staging_folder(tmp_path / "out").glob("attempts-*/*"):
+                    os.utime(path, (at, at))
+                return future
+
+        with OtherClocks(1) as executor:
+            assert self.assert_repeated(source, tmp_path / "out", executor=executor) == 0
+        assert next(times, None) is None
+
+    def test_a_worker_that_finds_the_folder_of_another_run(self, tmp_path: Path, source: Handmade) -> None:
+        """Another host has taken the lock, and removed the folder that the worker is to write into."""
+
+        class TakenOver(ThreadPoolExecutor):
+            def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+                folder = staging_folder(tmp_path / "out")
+                (folder / "lock").write_text("another run")
+                for attempts in folder.glob("attempts-*"):
+                    attempts.rmdir()
+                return super().submit(fn, *args, **kwargs)
+
+        with TakenOver(1) as executor, pytest.raises(InputError, match="another run is writing this target"):
+            run(source, tmp_path / "out", executor=executor)
+        assert not (tmp_path / "out").exists()
 
     def test_a_worker_stops_when_nobody_waits_for_it(
         self, tmp_path: Path, source: Handmade, monkeypatch: pytest.MonkeyPatch
@@ -200,20 +302,22 @@ with processes(2) as pool:
             assert (staging.model / name).read_bytes() == written
             assert not list(staging.attempts.iterdir())
 
-    def test_a_run_whose_lock_another_host_took(self, tmp_path: Path, source: Handmade) -> None:
+    @pytest.mark.parametrize("elsewhere", [False, True], ids=["one process", "workers"])
+    def test_a_run_whose_lock_another_host_took(self, tmp_path: Path, source: Handmade, elsewhere: bool) -> None:
         """As on a file system that keeps locks for one host only: the second run does not see the first one's."""
         run(source, tmp_path / "one")
         began = False
+        executors = [ThreadPoolExecutor(1) if elsewhere else None for _ in range(2)]
 
         def second(done: int, total: int) -> None:
             nonlocal began
             if not began:
                 began = True
                 (staging_folder(tmp_path / "out") / "lock").unlink()
-                run(source, tmp_path / "out")
+                run(source, tmp_path / "out", executor=executors[1])
 
-        with pytest.raises(InputError, match=r"another run|changed"):
-            run(source, tmp_path / "out", progress=second)
+        with pytest.raises(InputError, match="another run is writing this target, perhaps on another host"):
+            run(source, tmp_path / "out", progress=second, executor=executors[0])
         assert began
         assert content(tmp_path / "out") == content(tmp_path / "one")
         assert not staging_folder(tmp_path / "out").exists()
@@ -223,6 +327,12 @@ def limited(nbytes: int) -> None:
     """Let the process write no larger file. Takes a while, so that another process does what is asked for meanwhile."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
     time.sleep(0.3)
+
+
+def confined(nbytes: int) -> None:
+    """Let the process have so much more memory than it has now."""
+    size = psutil.Process().memory_info().vms + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
 
 
 def killed(journal: Path) -> None:
@@ -238,7 +348,10 @@ def test_the_command(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source", max_shard_size="40KB")
     flashnorm.convert(tmp_path / "source", tmp_path / "one")
     command = [sys.executable, "-m", "flashnorm", "convert", str(tmp_path / "source"), str(tmp_path / "out")]
-    ended = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, check=False)
+    command += ["--workers", "2", "--json-progress"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended
-    assert not ended.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    last = json.loads(ended.stderr.splitlines()[-1])
+    assert (last["stage"], last["bytes"], last["total"], last["seconds_left"]) == ("converting", size, size, 0)
     assert content(tmp_path / "out") == content(tmp_path / "one")

@@ -399,3 +399,9 @@ flashnorm.cli.main()
     )
     def test_arguments(self, run: Commands, model: Model, arguments: list[str], words: str) -> None:
         assert_refused(run("convert", *arguments), words)
+
+    def test_a_path_that_exists(self, hub: Hub, run: Commands, model: Model, tmp_path: Path) -> None:
+        before = len(hub.requests)
+        result = run("convert", model.repository, tmp_path, "--stream", "--push-to-hub", "me/exists")
+        assert_refused(result, "found it exists; name another OUT")
+        assert not [request for request in hub.requests[before:] if request.method != "GET"]

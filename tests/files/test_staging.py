@@ -265,6 +265,12 @@ class TestStaging:
         with pytest.raises(InputError, match="another run"), Staging(tmp_path / "out", self.KEY):
             pass
 
+    @pytest.mark.skipif(not os.path.ismount("/proc"), reason="there is no mount point to try")
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_mount_point_is_refused(self, force: bool):
+        with pytest.raises(InputError, match="found a mount point; choose a folder in it: /proc/"):
+            Staging(Path("/proc"), {}, force=force)
+
     def test_force_replaces_nothing_but_a_folder(self, tmp_path: Path):
         self.old(tmp_path / "old")
         (tmp_path / "file").touch()

@@ -86,6 +86,11 @@ def stream(
             f"{source}: expected the hub id of a repository, whose shards are fetched one at a time, found a folder or "
             "nothing; a folder is converted without --stream"
         )
+    if os.path.lexists(place):
+        raise InputError(
+            f"{place}: expected nothing there, as with --stream a working folder beside it is all that is written, "
+            "found it exists; name another OUT"
+        )
     check_login(repository)
     commit = commit_of(str(source), revision)
     with tempfile.TemporaryDirectory(prefix="flashnorm-") as folder, _errors_about(str(source), folder):

@@ -122,8 +122,8 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # What another run has removed is no fault of the disk.
-        taken = isinstance(error, OSError) and self._is_another()
+        # What another run has removed is no fault of the disk, or of a worker's host.
+        taken = isinstance(error, (OSError, InputError)) and self._is_another()
         if error is not None:
             self._abandon()
         self._release()
@@ -314,6 +314,10 @@ def check_target(target: Path, *, force: bool) -> States | None:
     """
     if not os.path.lexists(target):
         return None
+    if os.path.ismount(target):
+        raise InputError(
+            f"{target}: expected a folder that can be renamed, found a mount point; choose a folder in it: {target}/..."
+        )
     if not force:
         left = staging_folder(target)
         note = f" ({left} is left from an interrupted run and can be deleted)" if left.exists() else ""
