@@ -179,6 +179,7 @@ bench: $(INSTALLED)
 	@$(PIP) -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/convert.py
 	@$(BIN)/python benchmarks/workers.py
+	@$(BIN)/python benchmarks/hashing.py
 	@$(BIN)/python benchmarks/operators.py
 	@$(BIN)/python benchmarks/left_out.py
 	@mkdir -p build
