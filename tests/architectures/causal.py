@@ -50,6 +50,9 @@ def random_model(of_class: type[PreTrainedModel], config: PretrainedConfig, larg
             noise = torch.randn(parameter.shape, generator=generator)
             # Short numbers: their products are exact in float32 as well, which some models insist on for some weights.
             parameter.copy_((0.7 + 0.5 * noise if parameter.dim() == 1 else 0.2 * noise).bfloat16())
+        for buffer in model.buffers():
+            if buffer.dim() == 0 and buffer.is_floating_point() and buffer.isinf():
+                buffer.copy_(buffer.sign())  # a bound that bounds nothing before it is trained
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0.0  # as transformers may make it when it loads a model

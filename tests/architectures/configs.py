@@ -129,6 +129,7 @@ BESIDES: dict[str, dict[str, Any]] = {
         "n_output_layers": 1,
     },
     "dots1": {"layer_types": [_FULL, _SLIDING], "n_shared_experts": 1},
+    "dots3_note_audio_encoder": {"conv_output_size": 16 * HIDDEN},  # of 128 channels, halved three times
     "dots3_note_text": {"per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}}},
     "dots3_note_vision_encoder": {"per_layer_config": {1: {"num_local_experts": 2}}},
     "edgetam_vision_model": {
@@ -153,6 +154,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "focalnet": {"embed_dim": 16},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": HEAD_SIZE}},
     "fun_asr_nano_encoder": {"max_position_embeddings": 512},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {
         "layer_types": [_SLIDING, _FULL] * 2,
         "activation_sparsity_pattern": [0.5, 0.0] * 2,
@@ -182,6 +184,7 @@ BESIDES: dict[str, dict[str, Any]] = {
         },
     },
     "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 32}}},
+    "glmasr_encoder": {"intermediate_size": 4 * HIDDEN},  # four frames are merged
     "glm_moe_dsa": {
         "layer_types": [_INDEXED] * 2,
         "mlp_layer_types": ["dense", "sparse"],
@@ -215,6 +218,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY - 8},
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"], "mlp_layer_types": ["dense", "sparse"]},
     "jamba": {"num_hidden_layers": 3, "attn_layer_offset": 2},
+    "kimi_k25": {"projection_hidden_size": HIDDEN},
     "kosmos_2_text_model": {"embed_dim": HIDDEN},
     "kosmos_2_5_text_model": {"embed_dim": HIDDEN},
     "laguna": {"layer_types": [_SLIDING, _FULL], "mlp_layer_types": ["dense", "sparse"]},
@@ -235,6 +239,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "mistral_large4_text": {"kv_source_layers": None},
     "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    **{name: {"out_hidden_size": 4 * HIDDEN} for name in ("muse_glimmer", "muse_spark")},  # of merged patches
     "muse_spark_audio": {"num_hidden_layers": 4},
     "moonshine_streaming": {"num_key_value_heads": HEADS},  # its own default lacks it
     "musicgen_decoder": {"architectures": ["MusicgenForCausalLM"], "num_codebooks": 2},
@@ -242,6 +247,17 @@ BESIDES: dict[str, dict[str, Any]] = {
     **{  # their code gives values as many heads as queries
         name: {"num_key_value_heads": HEADS}
         for name in ("nemotron3_diarization_audio", "nemotron3_5_transcribe_asr_audio")
+    },
+    "nemotron_h_omni": {
+        "audio_config": {
+            "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "subsampling_conv_channels": HIDDEN,
+            "projection_hidden_size": INNER,
+            "projection_bias": False,
+        }
     },
     "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": VOCABULARY - 1, "num_key_value_heads": HEADS},
     **{name: {"quantization_dim": 2 * HIDDEN, "num_key_value_heads": HEADS} for name in ("neucodec", "xcodec2")},

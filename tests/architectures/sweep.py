@@ -154,7 +154,7 @@ def examine(name: str, model_type: str) -> Row:
     _quiet()
     # The model in memory is planned, and folded at the end. Nothing changes it between, so that it is traced once. That
     # is before it runs, as a run may leave constants in the modules.
-    trace_of = cache(trace)
+    trace_of = cache(_trace)
     try:
         model = family.build(model_type)
         with suppress(Exception):
@@ -192,13 +192,19 @@ def examine(name: str, model_type: str) -> Row:
     return replace(row, status=EXACT if forms else NOTHING)
 
 
+def _trace(model: PreTrainedModel, inputs: Any = None) -> Tracer:
+    """The trace of a model in float64. What its code makes in float32, whatever the model is in, is float64 as well."""
+    with float64_everywhere():
+        return trace(model, inputs)
+
+
 def _trace_once(traces: dict[str, Tracer]) -> Callable[[PreTrainedModel], Tracer]:
     """`trace`, whose answer for a config is kept: the forms are planned again and again, to convert, verify, load."""
 
     def trace_once(model: PreTrainedModel, inputs: Any = None) -> Tracer:
         config = model.config.to_json_string()
         if config not in traces:
-            traces[config] = trace(model, inputs)
+            traces[config] = _trace(model, inputs)
         return traces[config]
 
     return trace_once

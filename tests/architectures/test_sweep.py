@@ -27,7 +27,7 @@ SAMPLE = CAUSAL[::10] + [pair for pair in TYPES if pair not in CAUSAL][::30]
 # Each of these takes more than half a minute, and the first one twenty minutes.
 LONG = {
     *("apertus1p5", "florence2", "cvt", "glm5_next", "idefics2", "muse_spark", "neucodec", "qwen4_exp", "vjepa2"),
-    *("xclip", "zaya", "dia", "edgetam"),
+    *("xclip", "zaya", "dia", "edgetam", "dots3_note"),
 }
 EXAMINED = [pair for pair in SAMPLE if pair[1] not in LONG]
 

@@ -57,7 +57,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | None = None, analysis: Ana
     forward, *others = example_calls(model) if given is None else [ExampleCall("forward", ({},), given)]
     furthest: Exception | None = None
     most = -1
-    besides = [(call, _chosen(model, call, analysis)) for call in others]
+    besides = [chosen for call in others for chosen in _chosen(model, call, analysis)]
     for arguments in forward.alternatives:
         tracer, error = _traced(model, partial(_run_all, [(forward, arguments), *besides]), analysis)
         if error is None:
@@ -100,18 +100,23 @@ def _traced(
     return tracer, None if worked else first
 
 
-def _chosen(model: nn.Module, call: ExampleCall, analysis: Analysis) -> Arguments | None:
-    """The first of a call's alternatives that works, or else the one that uses most parameters before it fails."""
+def _chosen(model: nn.Module, call: ExampleCall, analysis: Analysis) -> list[tuple[ExampleCall, Arguments | None]]:
+    """The call with the first of its alternatives that works. If none does, the calls that are to be made instead.
+
+    If there are no such calls either, the alternative that uses most parameters before it fails.
+    """
+    if len(call.alternatives) == 1 and not call.instead:
+        return [(call, call.alternatives[0])]
     furthest, most = None, -1
     for arguments in call.alternatives:
-        if len(call.alternatives) == 1:
-            return arguments
         tracer, error = _traced(model, lambda copy, _, arguments=arguments: call.run(copy, arguments), analysis)
         if error is None:
-            return arguments
+            return [(call, arguments)]
         if len(tracer.records.uses) > most:
             furthest, most = arguments, len(tracer.records.uses)
-    return furthest
+    if call.instead:
+        return [chosen for other in call.instead for chosen in _chosen(model, other, analysis)]
+    return [(call, furthest)]
 
 
 def _run_all(calls: Sequence[tuple[ExampleCall, Arguments | None]], model: nn.Module, tracer: Tracer) -> list[Any]:

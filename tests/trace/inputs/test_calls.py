@@ -1,5 +1,6 @@
 """Plans of models that take more than token ids: towers and encoders are in them, and what cannot be traced is not."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from flashnorm.trace.records import unknown
 # Family and type -> a norm of its tower or encoder, and what it folds into.
 TOWERS = {
     ("image-text-to-text", "llava"): ("model.vision_tower.encoder.layers.0.layer_norm2.weight", "mlp.fc1"),
+    ("image-text-to-text", "minicpmv4_6"): ("model.vision_tower.encoder.layers.0.layer_norm2.weight", "mlp.fc1"),
     ("image-text-to-text", "qwen2_vl"): ("model.visual.merger.ln_q.weight", "mlp.0"),
     ("image-text-to-text", "idefics3"): ("model.vision_model.encoder.layers.1.layer_norm2.weight", "mlp.fc1"),
     ("image-text-to-text", "mllama"): ("model.language_model.layers.1.input_layernorm.weight", "cross_attn.q_proj"),
@@ -67,6 +69,45 @@ def test_a_call_that_hands_on_whatever_it_gets_has_the_inputs_of_the_base_model(
     monkeypatch.setattr(
         type(model), "get_image_features", lambda self, *args, **kwargs: handed_on(self.model, *args, **kwargs)
     )
+    assert flashnorm.plan(model) == whole
+
+
+def test_what_the_base_model_s_method_requires_is_given_to_the_one_that_hands_it_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("image-text-to-text", "llava")
+    whole = flashnorm.plan(model)
+    inner = type(model.base_model).get_image_features
+
+    def with_sizes(self: Any, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> Any:
+        return inner(self, pixel_values)
+
+    monkeypatch.setattr(type(model.base_model), "get_image_features", with_sizes)
+    monkeypatch.setattr(
+        type(model),
+        "get_image_features",
+        lambda self, pixel_values, **kwargs: self.model.get_image_features(pixel_values, **kwargs),
+    )
+    assert flashnorm.plan(model) == whole
+
+
+def test_the_base_model_s_methods_are_called_where_the_forward_fails_with_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("image-text-to-text", "llava")
+    whole = flashnorm.plan(model)
+    monkeypatch.delattr(type(model), "get_image_features")
+    last = example_calls(model)[-1]
+    assert (last.method, [call.method for call in last.instead]) == ("forward", ["get_image_features"])
+    original = type(model).forward
+
+    def fails(self: Any, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if pixel_values is not None:
+            raise ValueError("more features than tokens")
+        return original(self, *args, **kwargs)
+
+    fails.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(type(model), "forward", fails)
     assert flashnorm.plan(model) == whole
 
 

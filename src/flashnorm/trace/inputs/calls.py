@@ -2,7 +2,8 @@
 
 The first call is the forward, with the inputs that it needs. A model that takes more than text also has methods such as
 `get_image_features`. They are called as well, and what they return counts as an output of the model: so the image tower
-is traced without placing images among the tokens.
+is traced without placing images among the tokens. Where only the base model has such a method, the forward is tried
+with images first.
 """
 
 import inspect
@@ -27,16 +28,25 @@ _FEATURES = re.compile(r"get_([a-z]+)_features")
 
 @dataclass(frozen=True)
 class ExampleCall:
-    """A method of the model, with alternative sets of keyword arguments; the first set that works is used."""
+    """A method of the model, with alternative sets of keyword arguments; the first set that works is used.
+
+    If none works, the calls `instead` are made in its place.
+    """
 
     method: str
     alternatives: tuple[Arguments, ...]
     positional: tuple[Any, ...] = ()
+    instead: tuple["ExampleCall", ...] = ()
 
     def run(self, model: nn.Module, arguments: Arguments) -> Any:
         """Call the method with one of the alternatives."""
-        method = model if self.method == "forward" else getattr(model, self.method)
+        method = model if self.method == "forward" else _method(model, self.method)
         return method(*self.positional, **arguments)
+
+
+def _method(model: Any, name: str) -> Callable[..., Any]:
+    """A method of the model, or of the base model if the model itself has none of that name."""
+    return getattr(model, name, None) or getattr(model.base_model, name)
 
 
 def example_calls(model: nn.Module) -> list[ExampleCall]:
@@ -52,7 +62,8 @@ def example_calls(model: nn.Module) -> list[ExampleCall]:
         )
     kinds = layouts_of(model.config, model.dtype)
     main = [model.main_input_name] if isinstance(model.main_input_name, str) else model.main_input_name
-    needed = {*main, *_required(model.forward)}
+    takes = inspect.signature(model.forward).parameters
+    needed = {*main, *_required(takes)}
     needs = {
         kind
         for kind, layouts in kinds.items()
@@ -61,8 +72,8 @@ def example_calls(model: nn.Module) -> list[ExampleCall]:
 
     def forwards(wanted: Collection[str]) -> list[Arguments]:
         """The alternatives for the forward with inputs of some kinds besides text."""
-        alternatives = _alternatives(model.forward, {kind: kinds[kind] for kind in kinds if kind in {"text", *wanted}})
-        return _without_cache(model.forward, alternatives) if has_cache else alternatives
+        alternatives = _alternatives(takes, {kind: kinds[kind] for kind in kinds if kind in {"text", *wanted}})
+        return _without_cache(takes, alternatives) if has_cache else alternatives
 
     has_cache = any(getattr(part, "use_cache", False) for _, part in configs_in(model.config))
     least, most = forwards(needs), forwards(kinds)
@@ -71,38 +82,56 @@ def example_calls(model: nn.Module) -> list[ExampleCall]:
             f"expected a model whose inputs are known, found {type(model).__name__}, whose forward needs "
             f"{', '.join(sorted(needed))}: pass example_inputs"
         )
-    methods = [name for name in dir(type(model)) if _FEATURES.fullmatch(name)]
-    calls = [ExampleCall("forward", (*least, *most))]
-    calls += [ExampleCall(name, tuple(_alternatives(_described(model, name), kinds))) for name in methods]
-    shown = {"text", *needs, *(name.split("_")[1] for name in methods)}
+    methods = _feature_methods(model)
+    calls = [ExampleCall("forward", (*least, *most)), *(_features(model, name, kinds) for name in methods)]
+    shown = {"text", *needs, *map(_kind, methods)}
     given = {*most[0]} - {"input_ids"} if most else set()
     hidden = {kind for kind in kinds if any(given & {*one.tensors} for one in kinds[kind])} - shown
     if hidden:
         # No other call shows what the forward does with inputs of these kinds (cross-attention, say).
-        calls.append(ExampleCall("forward", tuple(forwards({*needs, *hidden}))))
+        inner = [name for name in _feature_methods(model.base_model) if _kind(name) in hidden]
+        instead = [_features(model, name, kinds) for name in inner] if {*map(_kind, inner)} == hidden else []
+        calls.append(ExampleCall("forward", tuple(forwards({*needs, *hidden})), instead=tuple(instead)))
     return calls
 
 
-def _described(model: PreTrainedModel, name: str) -> Callable[..., Any]:
-    """The method that names its parameters: that of the base model, if the model's own hands on whatever it gets."""
-    method = getattr(model, name)
-    anything = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    if {parameter.kind for parameter in inspect.signature(method).parameters.values()} == anything:
-        return getattr(model.base_model, name, method)
-    return method
+def _feature_methods(model: nn.Module) -> list[str]:
+    return [name for name in dir(type(model)) if _FEATURES.fullmatch(name)]
 
 
-def _required(method: Callable[..., Any]) -> set[str]:
+def _kind(method: str) -> str:
+    """The kind of input that a method such as `get_image_features` is for."""
+    return method.split("_")[1]
+
+
+def _features(model: PreTrainedModel, method: str, kinds: Mapping[str, Sequence[Layout]]) -> ExampleCall:
+    return ExampleCall(method, tuple(_alternatives(_parameters(model, method), kinds)))
+
+
+def _parameters(model: PreTrainedModel, name: str) -> Mapping[str, inspect.Parameter]:
+    """A method's parameters; with those of the base model's method, if the model's own hands on whatever it gets."""
+    own = inspect.signature(_method(model, name)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()) and hasattr(model.base_model, name):
+        return {**inspect.signature(getattr(model.base_model, name)).parameters, **own}
+    return own
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
     return {
         name
-        for name, parameter in inspect.signature(method).parameters.items()
+        for name, parameter in parameters.items()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
 
 
-def _alternatives(method: Callable[..., Any], kinds: Mapping[str, Sequence[Layout]]) -> list[Arguments]:
-    """Every combination of layouts, one of each kind, that provides every argument that the method requires."""
-    names, required = inspect.signature(method).parameters, _required(method)
+def _alternatives(names: Mapping[str, inspect.Parameter], kinds: Mapping[str, Sequence[Layout]]) -> list[Arguments]:
+    """Every combination of layouts, one of each kind, that provides every argument that a method requires.
+
+    Args:
+        names: the method's parameters.
+        kinds: the layouts of each kind of input.
+    """
+    required = _required(names)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
     options: list[list[Arguments]] = []
     for kind, layouts in kinds.items():
@@ -126,13 +155,12 @@ def _alternatives(method: Callable[..., Any], kinds: Mapping[str, Sequence[Layou
     return list(itertools.islice(found.values(), _MOST_ALTERNATIVES))
 
 
-def _without_cache(forward: Callable[..., Any], alternatives: list[Arguments]) -> list[Arguments]:
+def _without_cache(parameters: Mapping[str, inspect.Parameter], alternatives: list[Arguments]) -> list[Arguments]:
     """The alternatives without a cache: a cache would hide what becomes of the tensors that are written into it.
 
     A forward that takes any keyword may pass `use_cache` on to a module that knows it, or to one that does not. So the
     unchanged alternatives follow.
     """
-    parameters = inspect.signature(forward).parameters
     without: list[Arguments] = [{**arguments, "use_cache": False} for arguments in alternatives]
     if "use_cache" in parameters:
         return without

@@ -179,6 +179,11 @@ def _videos(config: PretrainedConfig) -> list[Layout]:
         _meta(count, channels, patch, patch),
     ):
         layouts.append(Layout({"pixel_values_videos": pixels, **grid}, spare, tuple(grid)))
+    strip = _meta(1, channels, patch, count * patch)
+    framed = _each(rows, columns, rows, columns).view(-1, 2)
+    layouts.append(
+        Layout({"pixel_values_videos": strip, "target_sizes_videos": framed}, marks=("target_sizes_videos",))
+    )
     frames = sizes.number("num_frames frames_per_clip", _FRAMES)
     places = torch.cartesian_prod(torch.arange(columns), torch.arange(rows)).expand(_BATCH, frames, -1, 2)
     flat = _meta(_BATCH, frames, rows * columns, channels * patch * patch)
