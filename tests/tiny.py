@@ -27,14 +27,18 @@ def config(model_type: str, **overrides: Any) -> PretrainedConfig:
 
 
 def model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights; its norm weights are far from one, some of them negative."""
+    """A causal language model with random weights."""
+    return randomised(AutoModelForCausalLM.from_config(config), seed).to(dtype)
+
+
+def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Give a model random weights; its norm weights are far from one then, some of them negative."""
     generator = torch.Generator().manual_seed(seed)
-    built = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in built.parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.7 + 0.5 * noise if parameter.dim() == 1 else 0.2 * noise)
-    return built.to(dtype)
+    return model.eval()
 
 
 def save(folder: Path, model: PreTrainedModel) -> Path:

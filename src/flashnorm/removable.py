@@ -37,7 +37,7 @@ class Ending:
         norm: the module of that norm.
         power: its `eps` becomes `eps * r(x)^power`, for all readers of the division together; None if it has none.
         dims: the dimensions of what that norm normalises that the tokens of `x` run along, one for each dimension of
-            `x` but the last; None if they are in another order there.
+            `x` but the last; None if they are in another order there, or not all of it is scaled.
     """
 
     norm: str
@@ -212,7 +212,9 @@ def _of_division(division: Division) -> str:
 
 
 def _of_ending(ending: Ending) -> str:
-    return f"cancels in {ending.norm}" + ("" if ending.power is None else f" (eps * r^{ending.power:g})")
+    # Without `dims`, the norm may normalise together what is scaled and what is not.
+    of = "" if ending.dims is not None else " of what is scaled"
+    return f"cancels in {ending.norm}" + ("" if ending.power is None else f" (eps{of} * r^{ending.power:g})")
 
 
 def _of_centring(centring: Centring) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 import flashnorm
 import tiny
@@ -287,3 +287,64 @@ def test_zero_gains_keep_a_norm_of_a_checkpoint(tmp_path: Path) -> None:
     expected = outputs(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64))
     found = outputs(flashnorm.load(tmp_path / "out", dtype=torch.float64))
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+# Encoders tie the head's bias to another parameter together with its weight.
+HEADS = {"bert": "cls.predictions", "roberta": "lm_head"}
+
+
+def tied_with_its_bias(model_type: str, folder: Path, auto: Any = AutoModelForMaskedLM) -> Path:
+    config = tiny.config(model_type, max_position_embeddings=40, is_decoder=auto is AutoModelForCausalLM)
+    return tiny.save(folder, tiny.randomised(auto.from_config(config)).double())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto", "center"),
+    [
+        ("bert", AutoModelForMaskedLM, False),
+        ("bert", AutoModelForCausalLM, True),
+        pytest.param("roberta", AutoModelForMaskedLM, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_bias_that_is_untied_together_with_its_head(model_type: str, auto: Any, center: bool, tmp_path: Path) -> None:
+    source, out = tied_with_its_bias(model_type, tmp_path / "source", auto), tmp_path / "out"
+    expected = outputs(auto.from_pretrained(source, dtype=torch.float64))
+    result = flashnorm.convert(source, out, untie=True, center=center)
+    assert result.centred == center
+    head = HEADS[model_type]
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert f"{head}.decoder.bias" not in before
+    assert torch.equal(before[f"{head}.bias"], after[f"{head}.bias"])
+    assert not torch.equal(before[f"{head}.bias"], after[f"{head}.decoder.bias"])
+    report = flashnorm.verify(source, out, weights_only=True)
+    assert report.ok, str(report)
+    for model in (flashnorm.load(out, dtype=torch.float64), auto.from_pretrained(out, dtype=torch.float64)):
+        assert (outputs(model) - expected).abs().max() <= 1e-10 * expected.abs().max()
+    after[f"{head}.decoder.bias"].view(torch.int64)[7] += 1
+    save_file(after, out / "model.safetensors", {"format": "pt"})
+    found = {finding.name: finding for finding in flashnorm.verify(source, out, weights_only=True).weights.findings}
+    assert (found[f"{head}.decoder.bias"].index, found[f"{head}.decoder.bias"].differing) == ((7,), 1)
+
+
+def test_a_bias_that_is_untied_and_stored_under_its_own_name_alone(tmp_path: Path) -> None:
+    source, out = tied_with_its_bias("bert", tmp_path / "source"), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    tensors["cls.predictions.decoder.bias"] = tensors.pop("cls.predictions.bias")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    expected = outputs(AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float64))
+    flashnorm.convert(source, out, untie=True)
+    assert flashnorm.verify(source, out, weights_only=True).ok
+    found = outputs(flashnorm.load(out, dtype=torch.float64))
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("stored", [torch.int64, None])
+def test_a_bias_that_is_untied_and_cannot_be_changed(stored: torch.dtype | None, tmp_path: Path) -> None:
+    source = tied_with_its_bias("bert", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    bias = tensors.pop("cls.predictions.bias")
+    if stored is not None:
+        tensors["cls.predictions.bias"] = bias.to(stored)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(flashnorm.InputError, match=r"expected .*cls\.predictions\.(decoder\.)?bias.*, found"):
+        flashnorm.convert(source, tmp_path / "out", untie=True)

@@ -1,6 +1,7 @@
 """`convert --center`: LayerNorms become RMSNorms, through convert, load, verify and generate; and what is refused."""
 
 import contextlib
+import inspect
 import json
 import shutil
 import warnings
@@ -155,6 +156,22 @@ def test_whisper(tmp_path: Path) -> None:
     assert {name.split(".")[1] for name in result.plan.centred.norms} == {"decoder"}
     assert {name.split(".")[1] for name in result.plan.centred.kept} == {"encoder"}
     assert len(norms(flashnorm.load(tmp_path / "out"))) == result.centred == 7
+
+
+def test_embeddings_that_a_caller_gives(gpt2: Path, out: Path) -> None:
+    """They may have means: those of the source's embedding do."""
+    source = AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float64)
+    loaded = flashnorm.load(out, dtype=torch.float64)
+    assert norms(loaded)
+    position = [*inspect.signature(loaded.transformer.forward).parameters].index("inputs_embeds")
+    with torch.no_grad(), float64_everywhere():
+        given = source.get_input_embeddings()(tiny.ids())
+        assert given.mean(-1).abs().max() > 0.01
+        expected = source(inputs_embeds=given).logits
+        found = loaded(inputs_embeds=given).logits
+        of_body = loaded.lm_head(loaded.transformer(*[None] * position, given)[0])
+    for one in (found, of_body):
+        torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)  # the files are in float32
 
 
 @pytest.mark.slow

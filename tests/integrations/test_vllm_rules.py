@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import flashnorm
 import tiny
 from flashnorm.files.reader import Checkpoint
 from flashnorm.format import listed_norms
-from flashnorm.integrations.vllm import register, rules
+from flashnorm.integrations.vllm import plugin, register, rules
 from flashnorm.models.adapters import adapter_refusal, of_ordinary_model
 from flashnorm.planning.names import StoredNames
 from flashnorm.trace.build import meta_model
@@ -82,6 +83,9 @@ def test_other_stages_of_a_pipeline(tensor: str, elsewhere: bool) -> None:
         ([LAYER, FINAL], {"runner": "pooling"}, "the gain of model.norm.weight, whose output would be pooled"),
         ([LAYER], {"runner": "pooling"}, None),
         ([LAYER], {"load_format": "tensorizer"}, "--load-format tensorizer"),
+        ([LAYER, FINAL], {"centred": True}, None),
+        ([LAYER], {"centred": True, "draft": "ngram"}, None),
+        ([LAYER], {"centred": True, "draft": "eagle3"}, "the method eagle3; their means, which it would read"),
     ],
 )
 def test_refusals(norms: list[str], use: dict[str, Any], word: str | None) -> None:
@@ -104,6 +108,34 @@ def test_refusals(norms: list[str], use: dict[str, Any], word: str | None) -> No
 def test_passes_that_need_a_weight(passes: dict[str, bool], compiled: bool, quantized: bool, constant: bool) -> None:
     found = rules.fused_with_weight(SimpleNamespace(**passes), compiled=compiled, quantized=quantized)
     assert found == constant
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("gpt2", {"center": True, "untie": True}),
+        pytest.param("gemma4_text", {"cancel": "exact"}, marks=pytest.mark.slow),
+    ],
+)
+def test_folders_without_means_or_divisions(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """vLLM's code computes their norms, of weights of which exactly those of the folded norms are absent."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "global_head_dim": 16, "num_kv_shared_layers": 0}
+    sizes |= {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8}
+    out = tmp_path / "out"
+    flashnorm.convert(tiny.save(tmp_path / "source", tiny.model(tiny.config(model_type, **sizes))), out, **options)
+    config = json.loads((out / "config.json").read_text())
+    model = SimpleNamespace(model=str(out), hf_config=SimpleNamespace(**config), runner_type="generate")
+    listed = plugin._listed(model)
+    stored = StoredNames(meta_model(AutoConfig.from_pretrained(out)), Checkpoint.open(out).tensors)
+    assert stored.absent() == listed == config["flashnorm"]["weightless"] != []
+    engine = SimpleNamespace(model_config=model, load_config=SimpleNamespace(load_format="auto"))
+    plugin._check(engine, model, listed)
+    engine.speculative_config = SimpleNamespace(method="eagle")
+    if "center" in options:
+        with pytest.raises(flashnorm.InputError, match="the method eagle; their means, which it would read"):
+            plugin._check(engine, model, [])
+    else:
+        plugin._check(engine, model, [])
 
 
 def test_adapters(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ __all__ = [
     "copy_with",
     "flat",
     "forward_hooks",
-    "has_hooks",
     "is_mutable",
     "map_flat",
     "memory_of",
     "note_reads",
+    "other_hooks",
     "surroundings",
     "tree_leaves",  # the leaves of what a module takes or returns: lists, dictionaries, Transformers' outputs, ...
     "tree_map",  # the same nesting, with a function applied to each leaf
@@ -195,9 +195,9 @@ _GLOBAL_HOOKS = (
 )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has a hook on its inputs or its gradients."""
-    return any(module.__dict__[name] for name in _HOOKS)
+def other_hooks(module: nn.Module) -> list[object]:
+    """The hooks on a module's inputs and gradients."""
+    return [hook for name in _HOOKS for hook in module.__dict__[name].values()]
 
 
 def forward_hooks(module: nn.Module) -> dict[int, object]:

@@ -75,7 +75,7 @@ def check_plan(planned: PlannedCheckpoint) -> None:
                 f"{checkpoint.folder}: expected tensor {name} in plain floats, which is to be centred, found none; is "
                 "it quantised? Else, is the checkpoint complete, and of the model that its config.json names?"
             )
-    for name in (*tensors.divided, *tensors.biases):
+    for name in (tensors.untied.get(name, name) for name in (*tensors.divided, *tensors.biases)):
         if name not in checkpoint.tensors:
             raise InputError(
                 f"{checkpoint.folder}: expected tensor {name}, a bias that the fold changes, found none; is the "

@@ -18,12 +18,12 @@ def new_bias(checkpoint: Checkpoint, tensors: TensorPlan, name: str) -> Tensor:
     Args:
         checkpoint: the source.
         tensors: the plan in the names of the source's tensors.
-        name: a tensor in `tensors.biases` (`c + W beta`) or `tensors.divided` (`beta / g`).
+        name: a tensor in `tensors.biases` (`c + W beta`) or `tensors.divided` (`beta / g`), perhaps an untied one.
 
     Raises:
         InputError: the source cannot be read.
     """
-    bias = checkpoint.read_tensor(name)
+    bias = checkpoint.read_tensor(tensors.untied.get(name, name))
     if name in tensors.divided:
         use = tensors.divided[name]
         gain = gain_of(checkpoint.read_tensor(use.norm).flatten(), use.offset)

@@ -100,6 +100,8 @@ def shard_pieces(
     """
 
     def changed(name: str, source: str, info: TensorInfo, *, again: bool = False) -> Iterator[Piece]:
+        if name in tensors.biases or name in tensors.divided:
+            return _replaced(info, bias(name), again=again)
         if name in tensors.centred:
             return _centred_pieces(source, info, tensors.centred[name], sums, again=again)
         return _tensor_pieces(info, tensors.folds.get(name), norms, partial(overflow, name), again=again)
@@ -113,8 +115,6 @@ def shard_pieces(
             yield from _runs(info.start, info.end)
         elif name in tensors.norms:
             yield from _runs(info.start, info.end, _fill(TORCH_DTYPES[info.dtype], tensors.norms[name]))
-        elif name in tensors.biases or name in tensors.divided:
-            yield from _replaced(info, bias(name))
         else:
             yield from changed(name, name, info)
         for new, source in tensors.untied.items():
@@ -246,9 +246,9 @@ def _runs(start: int, end: int, transform: Transform | None = None, *, again: bo
         yield Piece(first, min(first + PIECE_BYTES, end), transform, again)
 
 
-def _replaced(info: TensorInfo, value: Tensor) -> Iterator[Piece]:
+def _replaced(info: TensorInfo, value: Tensor, *, again: bool) -> Iterator[Piece]:
     data = value.contiguous().flatten().view(torch.uint8)
-    for piece in _runs(info.start, info.end):
+    for piece in _runs(info.start, info.end, again=again):
         part = data[piece.start - info.start : piece.end - info.start]
         yield replace(piece, transform=lambda source, output, part=part: output.copy_(part))
 

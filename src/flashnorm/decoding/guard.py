@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from flashnorm.compat import generation
-from flashnorm.compat.torch import children, forward_hooks, has_hooks, surroundings
+from flashnorm.compat.torch import children, forward_hooks, other_hooks, surroundings
 
 _log = logging.getLogger("flashnorm")
 _said: set[tuple[str, str]] = set()
@@ -114,8 +114,8 @@ class _Part:
 
     def hooks(self) -> str | None:
         """The reason, if a hook may read or change what the module computes; None if there is no such hook."""
-        hooks = forward_hooks(self.module)
-        if has_hooks(self.module) or (hooks and not all(map(_is_idle, hooks.values()))):
+        others = other_hooks(self.module)
+        if any(map(_wants_all, others)) or not all(map(_is_idle, forward_hooks(self.module).values())):
             return f"there is a hook on {self.called}"
         return None
 
@@ -127,6 +127,11 @@ class _Part:
 
 
 _OURS = Substitute()
+
+
+def _wants_all(hook: object) -> bool:
+    """Whether a hook on inputs or gradients may matter: not if it is for embeddings alone, which kernels never take."""
+    return not getattr(hook, "for_embeddings", False)
 
 
 def _is_idle(hook: object) -> bool:

@@ -5,14 +5,18 @@
 * It is subtracted again, for good, as soon as weights may change (`train`) or something else writes into the stream (an
   adapter), and if the loaded weights are not centred, since they were trained.
 * Whether a module is a LayerNorm is measured, not guessed from its name. Any other module stays as it is.
+* Embeddings that a caller gives in the place of ids are centred when they come in, as the model's own are.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
 
 from flashnorm.means import is_centred
 from flashnorm.models.weightless import measured
@@ -102,7 +106,47 @@ def put_rms_norms(
         for alias in (alias for alias, module in everywhere if module is owner):
             model.set_submodule(alias, replacement)
         replaced.append(name)
+    if replaced:
+        _centre_given_embeddings(model, {id(model.get_parameter(one.name)) for one in centred.writers})
     return replaced
+
+
+class _GivenEmbeddings:
+    """A hook that subtracts the means of a model's arguments at these places: each a name, and a position."""
+
+    for_embeddings = True  # see `decoding/guard.py`
+
+    def __init__(self, places: dict[str, int]):
+        self.places = places
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = list(args)
+        for name, position in self.places.items():
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs = {**kwargs, name: _without_mean(kwargs[name])}
+            elif position < len(given) and isinstance(given[position], Tensor):
+                given[position] = _without_mean(given[position])
+        return tuple(given), kwargs
+
+
+def _without_mean(embeddings: Tensor) -> Tensor:
+    wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return (wide - wide.mean(-1, keepdim=True)).to(embeddings.dtype)
+
+
+def _centre_given_embeddings(model: nn.Module, centred: Collection[int]) -> None:
+    """Prepare a model for `inputs_embeds` of any origin, if its own embedding (the id of a parameter) is centred."""
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        try:
+            weight = getattr(part.get_input_embeddings(), "weight", None)
+        except NotImplementedError:
+            continue
+        names = [*inspect.signature(part.forward).parameters]
+        places = {name: position for position, name in enumerate(names) if name.endswith("inputs_embeds")}
+        if places and id(weight) in centred:
+            part.register_forward_pre_hook(_GivenEmbeddings(places), with_kwargs=True)
 
 
 def subtract_means(model: nn.Module) -> None:

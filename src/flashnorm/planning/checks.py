@@ -32,9 +32,8 @@ def check_dtypes(checkpoint: Checkpoint, tensors: TensorPlan) -> None:
     Raises:
         InputError: a tensor has such a dtype.
     """
-    folds = [tensors.untied.get(name, name) for name in (*tensors.folds, *tensors.centred)]
-    changed = (*tensors.norms, *tensors.divided, *tensors.biases, *folds)
-    for name in changed:
+    changed = (*tensors.norms, *tensors.divided, *tensors.biases, *tensors.folds, *tensors.centred)
+    for name in (tensors.untied.get(name, name) for name in changed):
         if name in checkpoint.tensors:
             _check_dtype(checkpoint, name)
 

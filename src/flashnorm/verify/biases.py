@@ -40,10 +40,11 @@ def check_biases(
     """
     right = 0
     for name in (*tensors.biases, *tensors.divided):
-        if name not in converted.tensors or name not in source.tensors:
+        original = tensors.untied.get(name, name)
+        if name not in converted.tensors or original not in source.tensors:
             continue
         info = converted.tensors[name]
-        if (info.dtype, info.shape) != (source.tensors[name].dtype, source.tensors[name].shape):
+        if (info.dtype, info.shape) != (source.tensors[original].dtype, source.tensors[original].shape):
             continue
         if odd := _unreadable(source, tensors, name):
             report(Finding("tensor", name, f"was changed, in a dtype that cannot be checked: {odd}"))
@@ -75,7 +76,7 @@ def check_biases(
 
 def _unreadable(source: Checkpoint, tensors: TensorPlan, name: str) -> str | None:
     """The first dtype without a `Format` among the tensors that a bias is computed from; None if all have one."""
-    made_of = [name]
+    made_of = [tensors.untied.get(name, name)]
     if name in tensors.biases:
         fold = tensors.biases[name]
         made_of += [tensors.untied.get(fold.weight, fold.weight), *(shift.bias for shift in fold.shifts)]
@@ -108,9 +109,10 @@ def _quotients(source: Checkpoint, name: str, use: GainUse) -> Array:
 
 def _sums(source: Checkpoint, tensors: TensorPlan, name: str, fold: BiasFold) -> Array:
     """Bit patterns of `c + W beta` for the linear layer whose bias is `name`."""
-    tag = source.tensors[name].dtype
+    original = tensors.untied.get(name, name)
+    tag = source.tensors[original].dtype
     form, scratch = FORMATS[tag], Scratch()
-    added = _values(source, name)
+    added = _values(source, original)
     expected = np.empty(added.shape, form.bits)
     weight_name = tensors.untied.get(fold.weight, fold.weight)
     beta = _spread(source, fold, source.tensors[weight_name].shape[fold.axis])

@@ -15,7 +15,7 @@ from flashnorm.compat import vllm
 from flashnorm.compat.arguments import bound
 from flashnorm.errors import InputError
 from flashnorm.files.reader import CONFIG_FILE, Checkpoint, read_json
-from flashnorm.format import CONFIG_FLAGS, CONFIG_KEY, is_marked, listed_norms
+from flashnorm.format import CONFIG_FLAGS, CONFIG_KEY, is_marked, listed_centred, listed_norms
 from flashnorm.integrations.vllm import fused
 from flashnorm.integrations.vllm.files import check_complete, folded_norms, open_files, planned
 from flashnorm.integrations.vllm.norms import make_weightless
@@ -214,8 +214,12 @@ def _is_marked(model_config: Any) -> bool:
 
 
 def _listed(model_config: Any) -> list[str] | None:
-    entry = {CONFIG_KEY: getattr(model_config.hf_config, CONFIG_KEY, None)}
-    return listed_norms(entry, Path(model_config.model) / CONFIG_FILE)
+    return listed_norms(*_entry(model_config))
+
+
+def _entry(model_config: Any) -> tuple[dict[str, Any], Path]:
+    """Our key in a model's config, and the config's path for messages."""
+    return {CONFIG_KEY: getattr(model_config.hf_config, CONFIG_KEY, None)}, Path(model_config.model) / CONFIG_FILE
 
 
 def _check(vllm_config: Any, model_config: Any, norms: Iterable[str]) -> None:
@@ -226,6 +230,7 @@ def _check(vllm_config: Any, model_config: Any, norms: Iterable[str]) -> None:
         runner=model_config.runner_type,
         draft=speculative.method if speculative is not None and target else None,
         load_format=str(vllm_config.load_config.load_format),
+        centred=bool(listed_centred(*_entry(model_config)).norms),
     )
     if why is not None:
         raise InputError(f"{model_config.model}: a FlashNorm checkpoint: {why}")

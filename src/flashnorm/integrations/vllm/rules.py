@@ -83,7 +83,9 @@ def outside_layers(norms: Iterable[str]) -> list[str]:
     return [name for name in norms if not any(part.isdigit() for part in name.split("."))]
 
 
-def refusal(norms: Iterable[str], *, runner: str, draft: str | None, load_format: str) -> str | None:
+def refusal(
+    norms: Iterable[str], *, runner: str, draft: str | None, load_format: str, centred: bool = False
+) -> str | None:
     """Why vLLM cannot use a FlashNorm checkpoint in this way, or None.
 
     Args:
@@ -91,10 +93,17 @@ def refusal(norms: Iterable[str], *, runner: str, draft: str | None, load_format
         runner: vLLM's runner: "generate", "pooling" or "draft".
         draft: the method of speculative decoding, or None.
         load_format: vLLM's load format.
+        centred: whether weights are centred. To vLLM, the model is one of LayerNorms all the same.
     """
     final = outside_layers(norms)
     if load_format in _OTHER_LOADERS:
         return f"expected a loader that reads the checkpoint's files, found --load-format {load_format}; leave it out"
+    if centred and draft is not None and draft not in _INDEPENDENT_DRAFTS:
+        return (
+            f"expected a draft that reads neither the model's embedding nor its hidden states, found the method "
+            f"{draft}; their means, which it would read, are subtracted: use {', '.join(_INDEPENDENT_DRAFTS[2:])} or "
+            "ngram, or convert the source without --center"
+        )
     if final and draft is not None and draft not in _INDEPENDENT_DRAFTS:
         return (
             f"expected a draft that does not read the model's hidden states, found the method {draft}; the gain of "
