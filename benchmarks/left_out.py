@@ -3,12 +3,13 @@
 * Operators: a LayerNorm and an RMSNorm; and a norm ahead of queries, keys and values that are normalised again, as it
   is, cancelled exactly, and with `eps` dropped. In eager PyTorch as `flashnorm.load` has them, and as one ONNX graph in
   ONNX Runtime and in OpenVINO, where these are installed (`pip install onnx onnxruntime openvino`).
-* Whole models in eager Transformers: a decoder with GPT-2's widths and one of Gemma 4's kind, with random weights,
-  folded, and folded and centred or cancelled. A prompt, and a text of a few tokens.
+* Whole models: a decoder with GPT-2's widths and one of Gemma 4's kind, with random weights, folded, and folded and
+  centred or cancelled. In eager Transformers, a prompt and a text of a few tokens; and as `torch.onnx.export` makes
+  graphs of them, without a cache, in ONNX Runtime and in OpenVINO (`pip install onnxscript`).
 * Contenders take turns in random order. A ratio is the median of the ratios of runs side by side, with its middle half;
   above 1, less time is needed than with all of the norm.
 
-    python benchmarks/left_out.py [--threads N] [--operators]
+    python benchmarks/left_out.py [--threads N] [--operators | --models]
 """
 
 import argparse
@@ -174,9 +175,12 @@ def graphs(width: int, tokens: int) -> dict[str, dict[str, bytes]]:
     return found | {f"norm ahead of q, k, v norms, {tokens} x {width}": blocks}
 
 
-def runtimes(threads: int) -> dict[str, Callable[[bytes, torch.Tensor], Run]]:
-    """The runtimes that are installed: name -> from an ONNX model and its input to a run."""
-    found: dict[str, Callable[[bytes, torch.Tensor], Run]] = {}
+Start = Callable[[bytes | Path, dict[str, torch.Tensor]], Run]
+
+
+def runtimes(threads: int) -> dict[str, Start]:
+    """The runtimes that are installed: name -> from an ONNX model (or its file) and its inputs to a run."""
+    found: dict[str, Start] = {}
     if importlib.util.find_spec("onnx") is None:
         return found
     if importlib.util.find_spec("onnxruntime") is not None:
@@ -185,9 +189,10 @@ def runtimes(threads: int) -> dict[str, Callable[[bytes, torch.Tensor], Run]]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
 
-        def in_onnxruntime(model: bytes, x: torch.Tensor) -> Run:
+        def in_onnxruntime(model: bytes | Path, inputs: dict[str, torch.Tensor]) -> Run:
             session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            return lambda: session.run(None, {"x": x.numpy()})
+            arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+            return lambda: session.run(None, arrays)
 
         found[f"ONNX Runtime {onnxruntime.__version__}"] = in_onnxruntime
     if importlib.util.find_spec("openvino") is not None:
@@ -195,10 +200,12 @@ def runtimes(threads: int) -> dict[str, Callable[[bytes, torch.Tensor], Run]]:
 
         core = openvino.Core()
 
-        def in_openvino(model: bytes, x: torch.Tensor) -> Run:
+        def in_openvino(model: bytes | Path, inputs: dict[str, torch.Tensor]) -> Run:
             settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-            request = core.compile_model(core.read_model(model, b""), "CPU", settings).create_infer_request()
-            return lambda: request.infer({"x": x.numpy()})
+            graph = core.read_model(model) if isinstance(model, Path) else core.read_model(model, b"")
+            request = core.compile_model(graph, "CPU", settings).create_infer_request()
+            arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+            return lambda: request.infer(arrays)
 
         found[f"OpenVINO {openvino.__version__.split('-')[0]}"] = in_openvino
     return found
@@ -211,7 +218,7 @@ def in_runtimes(threads: int) -> None:
             for tokens in TOKENS:
                 x = torch.randn(tokens, width)
                 for what, models in graphs(width, tokens).items():
-                    row(f"{runtime}, {what}", {name: start(model, x) for name, model in models.items()})
+                    row(f"{runtime}, {what}", {name: start(model, {"x": x}) for name, model in models.items()})
 
 
 # --- whole models
@@ -241,8 +248,21 @@ CANCELLED = (
 )
 
 
-def whole(folder: Path, config: tuple[str, dict[str, Any]], contenders: dict[str, dict[str, Any]]) -> None:
-    """The rows of a model in eager Transformers, converted with these options."""
+class Logits(nn.Module):
+    """A model that takes ids, `[1, tokens]`, and gives logits, `[1, tokens, vocabulary]`, without a cache."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def whole(
+    folder: Path, config: tuple[str, dict[str, Any]], contenders: dict[str, dict[str, Any]], threads: int
+) -> None:
+    """The rows of a model, converted with these options."""
     name, sizes = config
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
     made.save_pretrained(folder / name)
@@ -260,6 +280,44 @@ def whole(folder: Path, config: tuple[str, dict[str, Any]], contenders: dict[str
     for what, call in kinds.items():
         runs: dict[str, Run] = {key: lambda model=model, call=call: call(model) for key, model in models.items()}
         row(f"PyTorch, {name}, 12 layers of 768, {what}", runs)
+    as_graphs(folder, f"{name}, 12 layers of 768", models, threads)
+
+
+def as_graphs(folder: Path, what: str, models: dict[str, Any], threads: int) -> None:
+    """The rows of models in ONNX Runtime and OpenVINO, if they are installed. All have the same outputs."""
+    if not (starts := runtimes(threads)) or importlib.util.find_spec("onnxscript") is None:
+        return
+    for tokens, kind in ((128, "a prompt of 128"), (1, "one token")):
+        ids = torch.randint(3, 8192, (1, tokens))
+        files: dict[str, Path] = {}
+        for contender, model in models.items():
+            files[contender] = folder / f"{contender}.onnx"
+            torch.onnx.export(
+                Logits(model).eval(),
+                (ids,),
+                files[contender],
+                dynamo=True,
+                external_data=True,
+                verbose=False,
+                optimize=True,
+            )
+        for runtime, start in starts.items():
+            runs = {contender: start(file, {"input_ids": ids}) for contender, file in files.items()}
+            check({contender: run() for contender, run in runs.items()}, models, ids)
+            row(f"{runtime}, {what}, {kind}", runs)
+            del runs
+        for file in files.values():
+            file.unlink()
+            file.with_suffix(".onnx.data").unlink()
+
+
+def check(outputs: dict[str, Any], models: dict[str, Any], ids: torch.Tensor) -> None:
+    """Raise `ValueError` if a graph gives other logits than its model."""
+    for contender, output in outputs.items():
+        (found,) = output if isinstance(output, list) else output.values()
+        expected = models[contender](input_ids=ids, use_cache=False).logits
+        if not (torch.from_numpy(found) - expected).abs().max() <= 1e-3 * expected.abs().max():
+            raise ValueError(f"expected the logits of {contender}, found others")
 
 
 @torch.inference_mode()
@@ -267,7 +325,9 @@ def main() -> None:
     """Measure and print."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    arguments.add_argument("--operators", action="store_true", help="no whole models")
+    chosen = arguments.add_mutually_exclusive_group()
+    chosen.add_argument("--operators", action="store_true", help="no whole models")
+    chosen.add_argument("--models", action="store_true", help="whole models alone")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -275,13 +335,15 @@ def main() -> None:
     logging.disable_progress_bar()
     print(f"float32, {options.threads} threads, torch {torch.__version__}\n")
     print("| what | with all of it | how much faster | |\n|---|---|---|---|")
-    eager()
-    in_runtimes(options.threads)
+    if not options.models:
+        eager()
+        in_runtimes(options.threads)
     if not options.operators:
         with tempfile.TemporaryDirectory() as folder:
-            whole(Path(folder), CENTRED, {"LayerNorm": {"untie": True}, "RMSNorm": {"untie": True, "center": True}})
+            means = {"LayerNorm": {"untie": True}, "RMSNorm": {"untie": True, "center": True}}
+            whole(Path(folder), CENTRED, means, options.threads)
             forms = {"norm": {}, "exact": {"cancel": "exact"}, "drop": {"cancel": "drop"}}
-            whole(Path(folder), CANCELLED, forms)
+            whole(Path(folder), CANCELLED, forms, options.threads)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@
 """
 
 import argparse
+import copy
 import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,16 +19,19 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import removed
-from architectures import causal, sweep
+from architectures import causal, families, sweep
 from architectures.configs import LEFT_OUT, tiny_config
 from flashnorm.errors import brief
-from flashnorm.plan import Kind, pattern
+from flashnorm.plan import Kept, Kind, pattern
 from flashnorm.planning.removable import removable
 from flashnorm.removable import Removable, Verdict
 from flashnorm.trace.build import model_class
+from flashnorm.trace.inputs import example_calls
 
 PAGE = Path(__file__).parents[2] / "docs" / "removable.md"
-HEADINGS = ["type", "divisions", "cancel", "in part", "which", "proven", "means", "zero", "untied", "proven", "note"]
+HEADINGS = ["type", "divisions", "cancel", "in part", "which", "proven"]
+HEADINGS += ["means", "zero", "untied", "proven", "why the others stay", "note"]
+_IMAGES = "image-text-to-text"
 TITLE = "## The causal language models of Transformers"
 _LINE = re.compile(r"^\| (\w[^|]*) \|.*\|$", re.MULTILINE)
 
@@ -45,6 +50,7 @@ class Row:
     zero: str = ""
     untied: str = ""
     means_proven: str = ""
+    why: str = ""
     note: str = ""
 
     def line(self) -> str:
@@ -56,16 +62,16 @@ def examine(model_type: str) -> Row:
     """Everything about one model type. Never raises; the row says what went wrong."""
     sweep._quiet()
     if model_type in LEFT_OUT:
-        return Row(model_type, note=LEFT_OUT[model_type])
+        return Row(model_type, note="its proof takes too long")
     try:
-        model = causal.build(model_type)
+        model, run = _built(model_type)
         found = removable(model)
-        verdicts = removed.prove(model, found, causal.run)
+        verdicts = removed.prove(model, found, run)
         untied = found
         if any(why.kind is Kind.TIED for one in found.centrings for why in one.escapes):
-            model = _untied(model_type)
+            model = _untied(model)
             untied = removable(model)
-        means = removed.prove_centred(model, untied, causal.run)
+        means = removed.prove_centred(model, untied, run)
     except Exception as error:
         return Row(model_type, note=f"{type(error).__name__}: {brief(error)}"[:150])
     return Row(
@@ -79,6 +85,7 @@ def examine(model_type: str) -> Row:
         str(len(found.centred)),
         str(len(untied.centred)) if untied is not found else "",
         _of(means),
+        _why(found, untied),
         "; ".join(dict.fromkeys(f"{_short(norm)}: {why}"[:90] for norm, why in verdicts.items() if _open(why))),
     )
 
@@ -92,15 +99,45 @@ def _removed(found: Removable) -> list[removed.Division]:
     return [one for one in found.divisions if one.verdict in (Verdict.CANCELS, Verdict.IN_PART)]
 
 
-def _untied(model_type: str) -> PreTrainedModel:
+def _built(model_type: str) -> tuple[PreTrainedModel, removed.Run]:
+    """A tiny model, and what runs it. Norms of a tower for images run with images alone, which have to fit it."""
     config = tiny_config(model_type)
+    model = causal.random_model(model_class(config), config)
+    if len(example_calls(model)) == 1:
+        return model, causal.run
+    if families.FAMILIES[_IMAGES].get(model_type) == type(model).__name__:
+        model = families.build(_IMAGES, model_type)
+    return model, families.run
+
+
+def _untied(model: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = False
-    return causal.random_model(model_class(config), config)
+    return causal.random_model(type(model), config)
+
+
+def _why(found: Removable, untied: Removable) -> str:
+    """Why the other divisions and means stay: how many, by the first reason of each."""
+    needed = [one for one in found.divisions if one.verdict in (Verdict.IN_PART, Verdict.STAYS)]
+    divisions = [next(why for reader in one.readers for why in reader.escapes) for one in needed]
+    means = [one.escapes[0] for one in untied.centrings if not one.removable]
+    return "; ".join(
+        f"{what}: {', '.join(f'{number} {why}' for why, number in Counter(map(_reason, reasons)).items())}"
+        for what, reasons in (("divisions", divisions), ("means", means))
+        if reasons
+    )
+
+
+def _reason(why: Kept) -> str:
+    """A reason without the names of the model's parameters."""
+    if why.kind is Kind.TIED:
+        return "tied"
+    return re.sub(r"^\S+\.\S+ ", "what writes ", re.sub(r"unknown operator: .*", "unknown operator", why.reason))
 
 
 def _of(verdicts: dict[str, str]) -> str:
-    proven = sum(verdict == "proven" for verdict in verdicts.values())
+    proven = sum(verdict.startswith("proven") for verdict in verdicts.values())
     wrong = sum(verdict.startswith("WRONG") for verdict in verdicts.values())
     return (f"{proven} of {len(verdicts)}" if verdicts else "") + (f", {wrong} WRONG" if wrong else "")
 

@@ -52,7 +52,6 @@ def examined(module: nn.Module) -> Removable:
         return torch.cat([one.flatten() for one in (outputs if isinstance(outputs, tuple) else [outputs])])
 
     verdicts = removed.prove(module.double(), found, run)
-    verdicts.pop("", None)  # a division in the module's own forward
     assert {*verdicts.values()} == {"proven"}, verdicts
     return found
 
@@ -117,6 +116,23 @@ def test_what_commutes_with_a_scale(forward: Callable[[Pair, Tensor], Tensor], p
     division = first(module)
     assert division.verdict is Verdict.CANCELS
     assert [one.power for one in division.readers[0].endings] == [power]
+
+
+def _stacked(self: Pair, x: Tensor) -> Tensor:
+    return self.second(torch.stack([self.linear(self.first(x)), x], 2))
+
+
+def test_a_norm_of_what_is_scaled_and_what_is_not() -> None:
+    """The division cancels, but no `eps` of that norm takes it over: that of one half stays."""
+    module = type("Module", (Pair,), {"forward": _stacked})().double()
+    found = removable(module, (torch.zeros(2, TOKENS, CHANNELS, dtype=torch.float64),))
+    (ending,) = found.divisions[0].readers[0].endings
+    assert (found.divisions[0].verdict, ending.power, ending.dims) == (Verdict.CANCELS, 2, None)
+    assert "cancels in second (eps of what is scaled * r^2)" in str(found.division_rows())
+    x = torch.randn(2, TOKENS, CHANNELS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert removed.prove(module, found, lambda model, _: model(x))["first"] == removed.BUT_FOR_EPS
+    with pytest.raises(ValueError, match="no place of tokens"), removed.large_eps(module):
+        removed.changed(module, lambda model, _: model(x), module(x), found.divisions[0])
 
 
 @pytest.mark.parametrize("second", [lambda size: nn.RMSNorm(size, eps=1e-6), nn.LayerNorm])

@@ -178,6 +178,12 @@ def _masked_channels(self: Block, ids: Tensor) -> Tensor:
     return self.head(self.norm(x.masked_fill(torch.arange(CHANNELS, device=ids.device).expand(x.shape) > 2, 0)))
 
 
+def _masked_by_a_tensor(self: Block, ids: Tensor) -> Tensor:
+    x = self.begin(ids)
+    mask = torch.arange(TOKENS, device=ids.device)[:, None].expand(x.shape) > 2
+    return self.head(self.norm(x.masked_fill(mask, torch.tensor(float("-inf"), device=ids.device).exp())))
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
@@ -193,6 +199,7 @@ def _masked_channels(self: Block, ids: Tensor) -> Tensor:
         (_tied_to_a_multiple, "embed.weight has another use"),
         (_reciprocal, "is no sum"),
         (_rounded, "is no sum"),
+        (_masked_by_a_tensor, "is no sum"),
         (_masked_channels, "different numbers"),
     ],
 )

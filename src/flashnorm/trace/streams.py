@@ -309,7 +309,7 @@ def multiply(call: Call) -> Value:
 def masked_fill(call: Call) -> Value:
     """Whole tokens become zero."""
     found = _stream(call, call.value(call.args[0]))
-    if found is None or call.args[2] != 0:
+    if found is None or call.is_tensor(2) or call.args[2] != 0:
         return _other(call)
     index = found[1].broadcast_to(call.out.shape)
     if not _one_number_each(call.args[1], index):
