@@ -248,17 +248,6 @@ BESIDES: dict[str, dict[str, Any]] = {
         name: {"num_key_value_heads": HEADS}
         for name in ("nemotron3_diarization_audio", "nemotron3_5_transcribe_asr_audio")
     },
-    "nemotron_h_omni": {
-        "audio_config": {
-            "hidden_size": HIDDEN,
-            "intermediate_size": INNER,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "subsampling_conv_channels": HIDDEN,
-            "projection_hidden_size": INNER,
-            "projection_bias": False,
-        }
-    },
     "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": VOCABULARY - 1, "num_key_value_heads": HEADS},
     **{name: {"quantization_dim": 2 * HIDDEN, "num_key_value_heads": HEADS} for name in ("neucodec", "xcodec2")},
     "nemotron_asr_streaming_encoder": {"max_position_embeddings": 64},
