@@ -238,6 +238,7 @@ def test_a_checkpoint_goes_round(source: Path, tmp_path: Path, keep_norms: bool)
         assert (outputs(model) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("model_type", ["gpt2", "stablelm", "nemotron"])
 def test_narrow_biases_are_rounded_once(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def tied_with_its_bias(model_type: str, folder: Path, auto: Any = AutoModelForMa
     ("model_type", "auto", "center"),
     [
         ("bert", AutoModelForMaskedLM, False),
-        ("bert", AutoModelForCausalLM, True),
+        pytest.param("bert", AutoModelForCausalLM, True, marks=pytest.mark.slow),
         pytest.param("roberta", AutoModelForMaskedLM, True, marks=pytest.mark.slow),
     ],
 )

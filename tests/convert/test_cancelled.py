@@ -252,13 +252,10 @@ def test_a_wrong_config_is_found(exact: Path, tmp_path: Path, change: str) -> No
     assert {"config.json"} <= {one.name for one in verify_integrity(folder).findings}
 
 
-@pytest.mark.parametrize(
-    "entry", [[], {"form": "exact"}, {"form": "half", "norms": {}}, {"form": "drop", "norms": {"a": 1}}]
-)
-def test_a_config_that_cannot_be_read(exact: Path, tmp_path: Path, entry: Any) -> None:
+def test_a_config_that_cannot_be_read(exact: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exact, tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
-    config["flashnorm"]["cancelled"] = entry
+    config["flashnorm"]["cancelled"]["form"] = "half"
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(flashnorm.InputError, match=r"flashnorm\.cancelled"):
         flashnorm.load(folder)

@@ -62,7 +62,14 @@ def flip(folder: Path, *chosen: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "chosen", [(), ("mlp.c_fc.weight",), ("q_proj", "bias"), ("weight", "bias")], ids=["right", "some", "biases", "all"]
+    "chosen",
+    [
+        (),
+        ("mlp.c_fc.weight",),
+        pytest.param(("q_proj", "bias"), marks=pytest.mark.slow),
+        pytest.param(("weight", "bias"), marks=pytest.mark.slow),
+    ],
+    ids=["right", "some", "biases", "all"],
 )
 def test_the_report_is_that_of_one_process(tmp_path: Path, sharded: Path, chosen: tuple[str, ...]) -> None:
     out = shutil.copytree(sharded / "out", tmp_path / "out")
