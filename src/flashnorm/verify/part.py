@@ -27,13 +27,13 @@ class Part:
         source: the files of the source that are to be hashed, and the tensors that the comparison needs.
         converted: the files of the converted checkpoint that are to be hashed, and their tensors.
         pairs: the tensors to compare, in the order of the files' bytes.
-        plan: the plan in the names of tensors, with the changed biases that are to be checked.
+        tensors: the plan in the names of tensors, with the changed biases that are to be checked.
     """
 
     source: Checkpoint
     converted: Checkpoint
     pairs: tuple[Pair, ...]
-    plan: TensorPlan
+    tensors: TensorPlan
 
     @property
     def nbytes(self) -> int:
@@ -86,23 +86,25 @@ class Compared:
 
 
 def parts_by_file(
-    source: Checkpoint, converted: Checkpoint, pairs: Sequence[Pair], plan: TensorPlan
+    source: Checkpoint, converted: Checkpoint, pairs: Sequence[Pair], tensors: TensorPlan
 ) -> dict[str, Part]:
     """The comparison of two checkpoints in parts, one for each name of a safetensors file that either of them has."""
     return {
-        file: part_of_file(source, converted, pairs, plan, file)
+        file: part_of_file(source, converted, pairs, tensors, file)
         for file in dict.fromkeys([*converted.headers, *source.headers])
     }
 
 
-def part_of_file(source: Checkpoint, converted: Checkpoint, pairs: Sequence[Pair], plan: TensorPlan, file: str) -> Part:
+def part_of_file(
+    source: Checkpoint, converted: Checkpoint, pairs: Sequence[Pair], tensors: TensorPlan, file: str
+) -> Part:
     """The part that hashes the files of one name, and compares the tensors that the converted checkpoint has in it."""
     stored = [name for name, info in converted.tensors.items() if info.file == file]
-    tensors = [plan.untied.get(name, name) for name in stored]
-    about = plan.about(tensors)
+    originals = [tensors.untied.get(name, name) for name in stored]
+    about = tensors.about(originals)
     # A source tensor in a file of another name is read, and the file is hashed in the part of that name.
     return Part(
-        source.part([file], {*tensors, *about.read}),
+        source.part([file], {*originals, *about.read}),
         converted.part([file], ()),
         tuple(pair for pair in pairs if pair.stored.file == file),
         about,
@@ -125,7 +127,7 @@ def compare_part(part: Part, advance: Callable[[int], None] = lambda nbytes: Non
     of_source, of_converted, underflow = compare_tensors(
         part.source, part.converted, part.pairs, tensors.append, advance, sample
     )
-    right = check_biases(part.source, part.converted, part.plan, biases.append)
+    right = check_biases(part.source, part.converted, part.tensors, biases.append)
     return Compared(tuple(tensors), tuple(biases), right, of_source, of_converted, sample, underflow)
 
 
